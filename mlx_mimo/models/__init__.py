@@ -1,0 +1,1 @@
+"""What is computed: configuration, model, KV caches."""

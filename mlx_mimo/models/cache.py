@@ -1,0 +1,192 @@
+"""KV caches of both attention kinds, in mlx-lm's protocol.
+
+Global layers use mlx-lm's own `KVCache`. Sliding layers keep the window and `SLACK` tokens more, in temporal order, so
+that tokens can be taken back after the window has moved on: mlx-lm's rotating cache has then already overwritten
+what the earlier position saw.
+"""
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import BatchRotatingKVCache, KVCache, _BaseCache
+
+from ..errors import MimoError
+from .config import SLACK, ModelArgs
+
+
+def make_cache(args: ModelArgs) -> list:
+    """An empty cache for each layer."""
+    return [SlidingKVCache(args.window) if args.is_sliding(i) else KVCache() for i in range(args.num_hidden_layers)]
+
+
+def rollback(caches: list, n: int) -> bool:
+    """Takes the last `n` tokens back in every layer, or in none: False where one no longer can."""
+    if any(n > _most(cache) for cache in caches):
+        return False
+    for cache in caches:
+        cache.trim(n)
+    return True
+
+
+def _most(cache) -> int:
+    """How many tokens a cache can take back."""
+    if hasattr(cache, "max_trim"):
+        return cache.max_trim
+    return cache.size() if cache.is_trimmable() else 0
+
+
+class SlidingKVCache(_BaseCache):
+    """The last keys and values of one sequence batch, oldest first.
+
+    `keys` (B, H, capacity, D) and `values` hold `held` tokens, the last of which is token `offset - 1`. Between
+    `max_size - 1 + slack` and twice that many stay held, so that the buffer moves to the front once in a while
+    and not with every token.
+    """
+
+    def __init__(self, max_size: int, slack: int = SLACK):
+        self.max_size = max_size  # keys a query sees, its own included
+        self.slack = slack
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.offset = 0
+        self.held = 0
+        self.last_block = 0  # tokens of the last update that have not been taken back
+
+    @property
+    def kept(self) -> int:
+        """Tokens that are never dropped: what the next query sees besides itself, and the slack."""
+        return self.max_size - 1 + self.slack
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends (B, H, L, D) and returns what the L new queries see: at most max_size - 1 + L tokens."""
+        length = keys.shape[2]
+        seen = min(self.held, self.max_size - 1) + length
+        if self.keys is None or self.held + length > self.keys.shape[2]:
+            self._move(keys, values)
+        else:
+            end = self.held + length
+            self.keys[..., self.held : end, :] = keys
+            self.values[..., self.held : end, :] = values
+            self.held = end
+        self.offset += length
+        self.last_block = length
+        start = self.held - seen
+        keys, values = self.keys[..., start : self.held, :], self.values[..., start : self.held, :]
+        if self.held > 2 * self.kept:
+            self._shrink()  # a prompt's chunk does not stay
+        return keys, values
+
+    def _move(self, keys: mx.array, values: mx.array) -> None:
+        """Drops what is no longer needed from the front and makes room behind."""
+        length = keys.shape[2]
+        stay = min(self.held, self.kept)
+        # Small at first, then always the same size.
+        capacity = max(stay + length, min(2 * self.kept, 2 * (stay + length)))
+        first = self.held - stay
+
+        def moved(old: mx.array | None, new: mx.array) -> mx.array:
+            parts = [new] if old is None else [old[..., first : self.held, :], new]
+            room = capacity - stay - length
+            if room:
+                parts.append(mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype))
+            return mx.concatenate(parts, axis=2)
+
+        self.keys, self.values = moved(self.keys, keys), moved(self.values, values)
+        self.held = stay + length
+
+    def _shrink(self) -> None:
+        first = self.held - self.kept
+        self.keys = mx.contiguous(self.keys[..., first : self.held, :])
+        self.values = mx.contiguous(self.values[..., first : self.held, :])
+        self.held = self.kept
+
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
+        """For N new tokens, before their update; `window_size` of None means the cache's own."""
+        window = window_size or self.max_size
+        before = min(self.held, self.max_size - 1)
+        if N == 1:
+            # Exactly the window is fetched.
+            return None if window >= before + 1 else mx.arange(before + 1) > before - window
+        if before + N > window or return_array:
+            return create_causal_mask(N, before, window_size=window)
+        return "causal"
+
+    # Taking tokens back
+
+    @property
+    def max_trim(self) -> int:
+        """How many tokens can be taken back with nothing missing from the window of the one that follows."""
+        dropped = self.offset - self.held
+        return self.offset if dropped == 0 else max(0, self.held - (self.max_size - 1))
+
+    def is_trimmable(self) -> bool:
+        """Whether callers that ask nothing more may trim: mlx-lm asks this without saying how far it means to go.
+
+        Its prompt cache means any length, possible while nothing is dropped. Its speculative decoding means tokens
+        of the block it has just had verified. Else see `rollback`, which knows how far.
+        """
+        return self.offset == self.held or 1 < self.last_block <= self.max_trim
+
+    def trim(self, n: int) -> int:
+        """Takes the last `n` tokens back. Raises MimoError where the window before them is gone: mlx-lm's callers do
+        not look at the result.
+        """
+        n = min(n, self.offset)
+        if n > self.max_trim:
+            raise MimoError(
+                f"KV cache: {n} tokens to be taken back, at most {self.max_trim} can be; process the prompt again"
+            )
+        self.offset -= n
+        self.held -= n
+        self.last_block = max(0, self.last_block - n)
+        return n
+
+    # mlx-lm's protocol
+
+    def size(self) -> int:
+        return min(self.offset, self.max_size)
+
+    def empty(self) -> bool:
+        return self.keys is None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+    @property
+    def state(self):
+        return self.keys, self.values, self.offset, self.held, self.max_size, self.slack
+
+    @state.setter
+    def state(self, value) -> None:
+        self.keys, self.values, self.offset, self.held, self.max_size, self.slack = value
+        self.last_block = 0
+
+    def _temporal_order(self, array: mx.array) -> mx.array:
+        """What BatchRotatingKVCache.merge takes the last `size()` tokens of."""
+        return array[..., : self.held, :]
+
+    @classmethod
+    def merge(cls, caches: list["SlidingKVCache"]) -> "BatchSlidingKVCache":
+        return BatchSlidingKVCache.merge(caches)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4):
+        raise MimoError("KV cache: sliding layers are not quantised (they have sinks); leave --kv-bits away")
+
+
+class BatchSlidingKVCache(BatchRotatingKVCache):
+    """mlx-lm's batch cache, giving single caches of ours back. It cannot roll back once past the window."""
+
+    def extract(self, idx: int) -> SlidingKVCache:
+        cache = SlidingKVCache(self.max_size)
+        if self.keys is None:
+            return cache
+        rotating = super().extract(idx)
+        cache.keys, cache.values, cache.offset = rotating.keys, rotating.values, rotating.offset
+        cache.held = rotating.keys.shape[2]
+        return cache
+
+
+# mlx-lm's load_prompt_cache looks classes up by name in its own module.
+for _class in (SlidingKVCache, BatchSlidingKVCache):
+    setattr(mlx_lm_cache, _class.__name__, _class)

@@ -1,0 +1,60 @@
+"""Float32 matrix products that are float32.
+
+On CUDA, and on Apple silicon with neural accelerators (M5 on), MLX multiplies float32 matrices with 10 bits of
+mantissa unless MLX_ENABLE_TF32=0 is set before its first operation. A library must not set that for its whole
+process, and the router needs its 24 bits: with fewer, tokens near a tie change experts between prefill and decode.
+"""
+
+import functools
+import os
+import re
+
+import mlx.core as mx
+
+PARTS = 3  # of 8 bits each: a float32's 24
+
+
+def float32_matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """x (..., K) · weightᵀ (N, K) → (..., N), in float32 on any device."""
+    rows = x.size // x.shape[-1]
+    # One row is a product with a vector, which no backend shortens.
+    if rows <= 1 or _is_exact():
+        return x.astype(mx.float32) @ weight.astype(mx.float32).T
+    return split_matmul(x, weight)
+
+
+def split_matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """As `float32_matmul`, by operands of 8 bits, which no shortening can touch; sums are float32 everywhere."""
+    x_parts, weight_parts = split(x), split(weight)
+    pairs = [(i, j) for i in range(len(x_parts)) for j in range(len(weight_parts)) if i + j < PARTS]
+    total = None
+    for i, j in sorted(pairs, key=sum, reverse=True):  # the smallest first
+        product = x_parts[i] @ weight_parts[j].T
+        total = product if total is None else total + product
+    return total
+
+
+def split(x: mx.array) -> list[mx.array]:
+    """Float32 arrays of bfloat16 values that add up to x: one of them for bfloat16, else three."""
+    if x.dtype == mx.bfloat16:
+        return [x.astype(mx.float32)]
+    parts, rest = [], x.astype(mx.float32)
+    for _ in range(PARTS):
+        parts.append(rest.astype(mx.bfloat16).astype(mx.float32))
+        rest = rest - parts[-1]
+    return parts
+
+
+def _is_exact() -> bool:
+    """Whether the default device multiplies float32 matrices in float32."""
+    device = mx.default_device()
+    return device.type == mx.DeviceType.cpu or os.environ.get("MLX_ENABLE_TF32") == "0" or _has_no_short_float32()
+
+
+@functools.cache
+def _has_no_short_float32() -> bool:
+    """Apple silicon up to the M4, by the generation in its architecture's name."""
+    if not mx.metal.is_available():
+        return False
+    match = re.fullmatch(r"applegpu_g(\d+)\w*", str(mx.device_info().get("architecture", "")))
+    return match is not None and int(match[1]) < 17
