@@ -1,0 +1,205 @@
+"""A checkpoint on the Hub, read in place: small pieces by HTTP range requests, whole files one at a time.
+
+With a staging folder files are fetched into it when they are needed and deleted after their last use.
+"""
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from mlx_mimo.errors import FormatError, MimoError
+from mlx_mimo.experts.header import Header, check_length, parse_header
+
+from .source import INDEX, Source, weight_map_of
+from .writer import STAGED
+
+ATTEMPTS = 6
+FIRST_PAUSE_SECONDS = 0.5  # doubled from one attempt to the next
+TIMEOUT_SECONDS = 60
+BLOCK_BYTES = 1 << 20
+_LOST = (urllib.error.URLError, http.client.HTTPException, OSError)
+
+
+class RemoteSource(Source):
+    """`repo` at `revision` of the Hub that HF_ENDPOINT names; the revision is pinned to its commit."""
+
+    local = False
+
+    def __init__(self, repo: str, revision: str | None = None, staging: Path | None = None):
+        self.repo = repo
+        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self.staging = staging
+        self.directory = Path(repo)
+        answer = self._get(f"{self.endpoint}/api/models/{repo}/revision/{revision or 'main'}")
+        self.revision = self._json("the Hub's answer", answer).get("sha")
+        if not isinstance(self.revision, str):
+            raise MimoError(f"{repo}: the Hub's answer names no commit; is it a model's repository?")
+        self.config = self._json("config.json", self.text("config.json"))
+        self.weight_map = weight_map_of(self._json(INDEX, self.text(INDEX)))
+        self._headers: dict[str, Header] = {}
+        self._sizes: dict[str, int] = {}
+        self._fetches: dict[str, Future] = {}
+        self._fetcher = ThreadPoolExecutor(1)
+        self._closing = False
+
+    def text(self, file: str) -> bytes | None:
+        try:
+            return self._get(self._url(file))
+        except _Absent:
+            return None
+
+    def identity(self, file: str) -> list:
+        return [self.revision, self.header(file).file_bytes]
+
+    def need(self, files: Iterable[str], soon: Iterable[str] = ()) -> None:
+        """Returns when `files` are here; `soon` are fetched meanwhile."""
+        if self.staging is None:
+            return
+        for file in (*files, *soon):
+            if file not in self._fetches:
+                self._fetches[file] = self._fetcher.submit(self._fetch, file)
+        for file in files:
+            self._fetches[file].result()
+
+    def release(self, file: str) -> None:
+        if file in self._fetches:
+            self._fetches.pop(file).result()
+            self._staged(file).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._closing = True
+        self._fetcher.shutdown(cancel_futures=True)
+
+    def staging_bytes(self, files: Iterable[str]) -> int:
+        return sum(self.header(file).file_bytes for file in files) if self.staging is not None else 0
+
+    def _staged(self, file: str) -> Path:
+        return self.staging / (STAGED + file)
+
+    def _read_header(self, file: str) -> Header:
+        prefix = self._range(file, 0, 8)
+        path = Path(file)
+        length = check_length(path, prefix, self._sizes[file])
+        return parse_header(path, self._range(file, 8, length), self._sizes[file])
+
+    def _pread(self, file: str, offset: int, nbytes: int) -> bytes:
+        fetch = self._fetches.get(file)
+        if fetch is None or not fetch.done():
+            return self._range(file, offset, nbytes)
+        with open(self._staged(file), "rb") as handle:
+            data = os.pread(handle.fileno(), nbytes, offset)
+        if len(data) != nbytes:
+            raise FormatError(f"{file}: its fetched copy was cut short; run the same command again")
+        return data
+
+    def _range(self, file: str, offset: int, nbytes: int) -> bytes:
+        """Bytes of a file on the Hub; also learns the file's size."""
+        if nbytes == 0:
+            return b""
+        request = self._request(self._url(file), {"Range": f"bytes={offset}-{offset + nbytes - 1}"})
+
+        def attempt() -> bytes:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+                self._learn_size(file, answer)
+                data = answer.read(nbytes)
+            if len(data) != nbytes:
+                raise http.client.IncompleteRead(data, nbytes - len(data))
+            return data
+
+        return self._patiently(file, attempt)
+
+    def _learn_size(self, file: str, answer) -> None:
+        size = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        if answer.status != 206 or not size.isdigit():
+            raise MimoError(f"{file}: the server at {self.endpoint} does not answer range requests")
+        if self._sizes.setdefault(file, int(size)) != int(size):
+            raise MimoError(f"{file}: changed on the server from {self._sizes[file]:,} to {int(size):,} bytes")
+
+    def _fetch(self, file: str) -> None:
+        """The whole file into the staging folder; what an earlier attempt brought is kept."""
+        path, size = self._staged(file), self.header(file).file_bytes
+
+        def attempt() -> None:
+            with open(path, "ab") as out:
+                begin = out.tell()
+                if begin == size:
+                    return
+                if begin > size:  # not this file's bytes
+                    out.truncate(0)
+                    begin = 0
+                request = self._request(self._url(file), {"Range": f"bytes={begin}-"})
+                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+                    self._learn_size(file, answer)
+                    while not self._closing and (block := answer.read(BLOCK_BYTES)):
+                        out.write(block)
+                if self._closing:
+                    return
+                if out.tell() != size:
+                    raise http.client.IncompleteRead(b"", size - out.tell())
+
+        self._patiently(file, attempt)
+
+    def _patiently(self, what: str, attempt):
+        """Its result; tried again while the connection, not the answer, is at fault."""
+        for number in range(1, ATTEMPTS + 1):
+            try:
+                return attempt()
+            except urllib.error.HTTPError as error:
+                if error.code == 404:
+                    raise _Absent(f"{what}: not at {self.endpoint} ({error.code})") from None
+                if error.code in (401, 403):
+                    raise MimoError(
+                        f"{what}: the Hub refuses it ({error.code}); does {self.repo} exist? log in with: hf auth login"
+                    ) from None
+                reason = f"{error.code} {error.reason}"
+                if error.code < 500 and error.code not in (408, 429):
+                    raise MimoError(f"{what}: the server answered {reason}") from None
+            except _LOST as error:
+                if isinstance(error, OSError) and error.filename and not isinstance(error, urllib.error.URLError):
+                    raise  # the disk's fault, not the network's
+                reason = str(error) or type(error).__name__
+            if number < ATTEMPTS:
+                time.sleep(FIRST_PAUSE_SECONDS * 2 ** (number - 1))
+        raise MimoError(
+            f"{what}: could not be fetched in {ATTEMPTS} attempts ({reason}); the same command goes on later"
+        )
+
+    def _get(self, url: str) -> bytes:
+        def attempt() -> bytes:
+            with urllib.request.urlopen(self._request(url, {}), timeout=TIMEOUT_SECONDS) as answer:
+                return answer.read()
+
+        return self._patiently(url.rpartition("/")[2] if "/resolve/" in url else self.repo, attempt)
+
+    def _url(self, file: str) -> str:
+        return f"{self.endpoint}/{self.repo}/resolve/{self.revision}/{file}"
+
+    def _request(self, url: str, headers: dict) -> urllib.request.Request:
+        from huggingface_hub import get_token
+
+        request = urllib.request.Request(
+            url, headers=headers | {"User-Agent": "mlx_mimo", "Accept-Encoding": "identity"}
+        )
+        if token := get_token():
+            request.add_unredirected_header("Authorization", f"Bearer {token}")  # not for where a redirect leads
+        return request
+
+    @staticmethod
+    def _json(what: str, data: bytes | None) -> dict:
+        try:
+            fields = json.loads(data or b"")
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise FormatError(f"{what}: not a JSON object; is it a model's repository?")
+        return fields
+
+
+class _Absent(MimoError):
+    """The server has no such file."""

@@ -1,0 +1,66 @@
+"""What a plan comes to: bytes and bits per weight for each kind of tensor."""
+
+from dataclasses import dataclass
+from math import prod
+
+from .plan import Item, Plan
+
+
+@dataclass
+class Row:
+    """One kind of tensor, stored one way. `nbytes` counts scales and biases too."""
+
+    kind: str
+    form: str
+    tensors: int = 0
+    weights: int = 0
+    nbytes: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.weights if self.weights else 0.0
+
+
+def form_of(item: Item) -> str:
+    if item.quantisation:
+        return str(item.quantisation)
+    return {"BF16": "bfloat16", "F32": "float32"}.get(item.stored[0].dtype, item.stored[0].dtype)
+
+
+def rows_of(items) -> list[Row]:
+    rows: dict[tuple[str, str], Row] = {}
+    for item in items:
+        row = rows.setdefault((item.source.kind, form_of(item)), Row(item.source.kind, form_of(item)))
+        row.tensors += 1
+        row.weights += prod(item.source.shape)
+        row.nbytes += item.nbytes
+    return list(rows.values())
+
+
+def plan_rows(plan: Plan) -> list[Row]:
+    return rows_of(item for file in plan.files for item in file.items)
+
+
+def total(rows: list[Row]) -> Row:
+    return Row(
+        "all", "", sum(row.tensors for row in rows), sum(row.weights for row in rows), sum(row.nbytes for row in rows)
+    )
+
+
+def render(rows: list[Row]) -> str:
+    """A table of plain text; the last line is the sum."""
+    lines = [("kind", "stored as", "tensors", "weights", "bytes", "bits per weight")]
+    for row in [*rows, total(rows)]:
+        counts = (f"{row.tensors:,}", f"{row.weights:,}", f"{row.nbytes:,}", f"{row.bits_per_weight:.2f}")
+        lines.append((row.kind, row.form, *counts))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = []
+    for line in lines:
+        left = [cell.ljust(width) for cell, width in zip(line[:2], widths)]
+        right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:])]
+        text.append("  ".join(left + right).rstrip())
+    return "\n".join(text)
+
+
+def as_json(rows: list[Row]) -> list[dict]:
+    return [vars(row) | {"bits_per_weight": round(row.bits_per_weight, 4)} for row in [*rows, total(rows)]]
