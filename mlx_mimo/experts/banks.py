@@ -1,0 +1,163 @@
+"""The memory of a pool: for each tensor of the record one contiguous array, a slot being one row of each.
+
+Where the backend lets the host write into an evaluated array (CPU, Metal), reads go straight into the slot. Elsewhere
+(CUDA) they go into a buffer that `landed` copies. Which it is, is found out at start by trying.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import MimoError
+from .record import RecordLayout, RecordTensor
+
+DTYPES = {
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+    "BF16": mx.bfloat16,
+    "F16": mx.float16,
+    "F32": mx.float32,
+}
+_WIDENED = ("BF16", "F16")
+
+
+def memory_dtype(tensor: RecordTensor, widen: bool) -> mx.Dtype:
+    """A tensor's type in a slot. `widen` stores 16-bit floats as float32, for kernels that take nothing else."""
+    if tensor.dtype not in DTYPES:
+        raise MimoError(f"{tensor.name}: experts of type {tensor.dtype}; one of {', '.join(DTYPES)} expected")
+    return mx.float32 if widen and tensor.dtype in _WIDENED else DTYPES[tensor.dtype]
+
+
+def slot_bytes(layout: RecordLayout, widen: bool = False) -> int:
+    """Memory of one slot; the record's own size unless 16-bit floats are widened."""
+    return sum(prod(t.shape) * memory_dtype(t, widen).size for t in layout.tensors)
+
+
+def most_slots(layout: RecordLayout, widen: bool = False) -> int | None:
+    """How many slots the largest buffer of this device can hold; None where no limit is known."""
+    limit = mx.device_info().get("max_buffer_length") if mx.default_device() == mx.gpu else None
+    largest = max(prod(t.shape) * memory_dtype(t, widen).size for t in layout.tensors)
+    return limit // largest if limit else None
+
+
+def host_writable() -> bool:
+    """Whether bytes written through a view of an evaluated array are what the default device computes with."""
+    bank = mx.zeros((4, 64), dtype=mx.uint32)
+    mx.eval(bank)
+    try:
+        view = _host_bytes(bank)
+        for value in (0x01, 0x7F):  # the second write comes after the device has read the first
+            view[2] = value
+            want = int.from_bytes(bytes([value] * 4), "little")
+            row = mx.bitwise_xor(bank, mx.array(0, dtype=mx.uint32)).tolist()
+            if row != [[0] * 64, [0] * 64, [want] * 64, [0] * 64]:
+                return False
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _host_bytes(bank: mx.array) -> np.ndarray:
+    """(slots, bytes of a row), sharing memory with an evaluated bank where the backend allows it."""
+    raw = bank.view(mx.uint8)
+    mx.eval(raw)
+    return np.asarray(raw).reshape(bank.shape[0], -1)
+
+
+class Banks:
+    """`slots` slots for records of `layout`; `arrays` maps a tensor's name to its bank (slots, *shape).
+
+    Never assign into `arrays` elsewhere: an update by MLX may move a bank away from the host's views. Before bytes are
+    written, nothing lazy may still have to read the slot.
+    """
+
+    def __init__(self, layout: RecordLayout, slots: int, widen: bool = False, in_place: bool | None = None):
+        self.layout = layout
+        self.widen = widen
+        self.in_place = host_writable() if in_place is None else in_place
+        self.slot_bytes = slot_bytes(layout, widen)
+        self.arrays: dict[str, mx.array] = {}
+        self._bytes: dict[str, np.ndarray] = {}
+        self._staged: dict[int, np.ndarray] = {}
+        for tensor in layout.tensors:
+            self._allocate(tensor, slots)
+
+    def buffers(self, slot: int) -> list[memoryview]:
+        """Where the reader puts the record of `slot`, tensor after tensor; call `landed` once it is there."""
+        if not self.in_place:
+            staged = self._staged[slot] = np.empty(self.layout.nbytes, dtype=np.uint8)
+            return [memoryview(staged)]
+        return [memoryview(self._bytes[t.name][slot, -t.nbytes :]) for t in self.layout.tensors]
+
+    def landed(self, slots: Sequence[int]) -> None:
+        """The records of `slots` have been read: makes them what the device computes with."""
+        if not self.in_place:
+            if len(slots):
+                self._copy([int(slot) for slot in slots])
+        elif self.widen:
+            for tensor in self.layout.tensors:
+                if tensor.dtype in _WIDENED:
+                    for slot in slots:
+                        _widen(self._bytes[tensor.name][slot], tensor)
+
+    def abandon(self, slots: Sequence[int]) -> None:
+        """The reads into `slots` failed; what the slots hold now is of no use."""
+        for slot in slots:
+            self._staged.pop(int(slot), None)
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copies slots (from, to); no slot is on both sides."""
+        if not moves:
+            return
+        sources, targets = (list(side) for side in zip(*moves))
+        for name, bank in self.arrays.items():
+            if self.in_place:
+                for source, target in moves:
+                    self._bytes[name][target] = self._bytes[name][source]
+            else:
+                bank[mx.array(targets)] = bank[mx.array(sources)]
+                mx.eval(bank)
+
+    def resize(self, slots: int) -> None:
+        """Makes every bank `slots` long, keeping what lies in the slots that remain.
+
+        One bank after the other: the peak is all banks and a second copy of the largest.
+        """
+        for tensor in self.layout.tensors:
+            old, old_bytes = self.arrays[tensor.name], self._bytes.get(tensor.name)
+            rows = min(slots, old.shape[0])
+            if old_bytes is not None:
+                self._allocate(tensor, slots)
+                self._bytes[tensor.name][:rows] = old_bytes[:rows]
+            else:
+                rest = mx.zeros((slots - rows, *tensor.shape), dtype=old.dtype)
+                bank = mx.concatenate([old[:rows], rest])
+                mx.eval(bank)
+                self.arrays[tensor.name] = bank
+
+    def _allocate(self, tensor: RecordTensor, slots: int) -> None:
+        bank = mx.zeros((slots, *tensor.shape), dtype=memory_dtype(tensor, self.widen))
+        mx.eval(bank)
+        self.arrays[tensor.name] = bank
+        if self.in_place:
+            self._bytes[tensor.name] = _host_bytes(bank)
+
+    def _copy(self, slots: list[int]) -> None:
+        records = [self._staged.pop(slot) for slot in slots]
+        for tensor in self.layout.tensors:
+            part = slice(tensor.offset, tensor.offset + tensor.nbytes)
+            raw = mx.array(np.stack([record[part] for record in records]))
+            bank = self.arrays[tensor.name]
+            rows = raw.view(DTYPES[tensor.dtype]).reshape(len(slots), *tensor.shape)
+            bank[mx.array(slots)] = rows.astype(bank.dtype)
+            mx.eval(bank)
+
+
+def _widen(row: np.ndarray, tensor: RecordTensor) -> None:
+    """The second half of a row's bytes, 16-bit floats, becomes float32 over the whole row."""
+    if tensor.dtype == "BF16":
+        row.view(np.uint32)[:] = row[tensor.nbytes :].view(np.uint16).astype(np.uint32) << 16
+    else:
+        row.view(np.float32)[:] = row[tensor.nbytes :].view(np.float16).astype(np.float32)

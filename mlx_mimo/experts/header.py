@@ -1,0 +1,157 @@
+"""Safetensors headers, checked before anything is believed.
+
+A safetensors file is 8 bytes of little-endian header length, that many bytes of JSON (name → dtype, shape,
+data_offsets), then the data, which the tensors must cover without gap or overlap
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from ..errors import FormatError
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+}
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file; `offset` is its first byte counted from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    path: Path
+    data_offset: int  # first byte of the data, counted from the start of the file
+    file_bytes: int  # what the header says the file's size is
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """The checked header of a local file.
+
+    Raises FormatError, beginning with the file's name, for anything that is not a whole safetensors file.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise FormatError(f"{path.name}: {size} bytes, too short for a safetensors file; fetch it again")
+            length = check_length(path, prefix, size)
+            text = file.read(length)
+    except FileNotFoundError:
+        raise FormatError(f"{path.name}: no such file in {path.parent}; fetch it again") from None
+    except OSError as error:
+        raise FormatError(f"{path.name}: cannot be read: {error.strerror or error}") from error
+    if len(text) < length:
+        raise FormatError(f"{path.name}: header cut short, {length:,} bytes expected, {len(text):,} found")
+    return parse_header(path, text, size)
+
+
+def check_length(path: Path, prefix: bytes, file_bytes: int | None) -> int:
+    """The header's length from the file's first 8 bytes, if such a header can be."""
+    length = int.from_bytes(prefix[:8], "little")
+    limit = MAX_HEADER_BYTES if file_bytes is None else min(MAX_HEADER_BYTES, file_bytes - 8)
+    if not 2 <= length <= limit:
+        raise FormatError(
+            f"{path.name}: header of {length:,} bytes, at most {limit:,} expected; not a safetensors file or cut short"
+        )
+    return length
+
+
+def parse_header(path: str | os.PathLike, text: bytes, file_bytes: int | None) -> Header:
+    """A header from its JSON bytes. `file_bytes`, where known, must be what the offsets add up to."""
+    path = Path(path)
+    try:
+        fields = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path.name}: header is not JSON ({error}); fetch the file again") from None
+    if not isinstance(fields, dict):
+        raise FormatError(f"{path.name}: header is a JSON {type(fields).__name__}, an object expected")
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{path.name}: __metadata__ must map strings to strings")
+    start = 8 + len(text)
+    tensors = {name: _entry(path, name, field, start) for name, field in fields.items()}
+    end = _check_cover(path, tensors, start)
+    if file_bytes is not None and file_bytes != end:
+        raise FormatError(
+            f"{path.name}: {end:,} bytes expected from its header, {file_bytes:,} found; fetch or convert it again"
+        )
+    return Header(path, start, end, tensors, metadata)
+
+
+def _unique(path: Path, pairs: list) -> dict:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FormatError(f"{path.name}: {twice!r} stands twice in the header")
+    return fields
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _entry(path: Path, name: str, field: object, start: int) -> TensorEntry:
+    if not isinstance(field, dict):
+        raise FormatError(f"{path.name}: {name}: a JSON object with dtype, shape, data_offsets expected")
+    dtype, shape, offsets = field.get("dtype"), field.get("shape"), field.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise FormatError(f"{path.name}: {name}: unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+        raise FormatError(f"{path.name}: {name}: shape {shape!r} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
+        raise FormatError(f"{path.name}: {name}: data_offsets {offsets!r} are not [begin, end]")
+    nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
+    if offsets[1] - offsets[0] != nbytes:
+        raise FormatError(
+            f"{path.name}: {name}: {dtype} {shape} takes {nbytes:,} bytes, "
+            f"data_offsets span {offsets[1] - offsets[0]:,}"
+        )
+    return TensorEntry(name, dtype, tuple(shape), start + offsets[0], nbytes)
+
+
+def _check_cover(path: Path, tensors: dict[str, TensorEntry], start: int) -> int:
+    end = start
+    for entry in sorted(tensors.values(), key=lambda e: (e.offset, e.nbytes)):
+        if entry.offset != end:
+            fault = "overlaps the tensor before it" if entry.offset < end else "leaves a gap before it"
+            raise FormatError(
+                f"{path.name}: {entry.name} {fault}: begins at byte {entry.offset - start:,} of the data, "
+                f"{end - start:,} expected"
+            )
+        end += entry.nbytes
+    return end

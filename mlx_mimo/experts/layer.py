@@ -1,0 +1,182 @@
+"""The experts of an MoE layer, computed through a pool or from banks that hold them all.
+
+Both stand where `layer.mlp.switch_mlp` stood and are called like mlx-lm's SwitchGLU: `(x, indices)` → one output for
+each token and chosen expert, in the router's order. Where an expert lay, and when it was read, changes no bit of it.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .banks import Banks
+from .compute import Compute
+from .pool import Pool
+from .reader import ExpertReader
+from .record import ExpertFile
+from .residents import SORTED_PAIRS, Need
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Whose experts to guess during a layer's call."""
+
+    layer: int  # the following MoE layer
+    pool: Pool
+    router: Callable  # its router: x → (indices, weights)
+
+
+class StreamedSwitchGLU(nn.Module):
+    """Experts of layer `layer` through `pool`. `trace`, where set, is told each call's routing.
+
+    `split` computes hits while misses are read; `ahead`, where set, reads what the next layer will probably need.
+    `before`, where set, is called before anything else.
+    """
+
+    def __init__(self, layer: int, pool: Pool, compute: Compute, split: bool = False):
+        super().__init__()
+        self.layer = layer
+        self.pool = pool
+        self.compute = compute
+        self.split = split
+        self.ahead: Ahead | None = None
+        self.trace: Callable | None = None
+        self.before: Callable | None = None
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """x (..., hidden), indices (..., K) → (..., K, hidden)."""
+        if self.before is not None:
+            self.before()
+        *rows, hidden = x.shape
+        top_k = indices.shape[-1]
+        guesses = self._guess(x, indices) if self.ahead is not None and indices.size < SORTED_PAIRS else None
+        chosen = np.array(indices).reshape(-1, top_k).astype(np.int32)  # (T, K); waits for the router
+        x = x.reshape(-1, hidden)
+        if self.trace is not None:
+            self.trace(self.layer, chosen)
+        if chosen.size == 0:
+            return mx.zeros((*rows, top_k, hidden), dtype=x.dtype)
+        if chosen.size < SORTED_PAIRS:
+            y = self._decode(x, chosen, guesses)
+        else:
+            y = self._prefill(x, chosen)
+        return y.reshape(*rows, top_k, hidden)
+
+    def _decode(self, x: mx.array, chosen: np.ndarray, guesses: np.ndarray | None) -> mx.array:
+        """x (T, hidden), chosen (T, K) → (T, K, hidden), in one piece wherever the slots suffice."""
+        parts = None
+        with closing(self.pool.serve(Need.of(self.layer, chosen), self.split, hold=guesses is not None)) as steps:
+            for step in steps:
+                if step.last and parts is None:
+                    y = self.compute(x, self.pool.slots_of(self.layer, chosen), self.pool.arrays)
+                else:
+                    parts = parts or Parts(chosen)
+                    parts.add(self._pairs(x, parts.select(step.experts), chosen), evaluate=not step.last)
+                    y = parts.joined() if step.last else None
+                if step.last:
+                    self.pool.lazily(y)
+                    if guesses is not None:
+                        mx.async_eval(y)
+                        self.ahead.pool.guess(self.ahead.layer, guesses)
+        return y
+
+    def _prefill(self, x: mx.array, chosen: np.ndarray) -> mx.array:
+        """As `_decode`, expert-major: a wave's pairs at a time, sorted by expert."""
+        parts = Parts(chosen)
+        with closing(self.pool.serve(Need.of(self.layer, chosen))) as steps:
+            for step in steps:
+                parts.add(self._pairs(x, parts.select(step.experts), chosen), evaluate=not step.last)
+            y = parts.joined()
+            self.pool.lazily(y)
+        return y
+
+    def _pairs(self, x: mx.array, pairs: np.ndarray, chosen: np.ndarray) -> mx.array:
+        """Outputs (P, hidden) of the given pairs, which are numbered token * K + k and sorted by expert."""
+        slots = self.pool.slots_of(self.layer, chosen.reshape(-1)[pairs])
+        if chosen.shape[0] == 1:
+            return self.compute(x, slots[None], self.pool.arrays)[0]
+        rows = x[mx.array(pairs // chosen.shape[1])]
+        return self.compute(rows, slots[:, None], self.pool.arrays, grouped=True)[:, 0]
+
+    def _guess(self, x: mx.array, indices: mx.array) -> np.ndarray:
+        """Experts that the next layer's router would choose for this layer's input; evaluates `indices` with it."""
+        guesses = self.ahead.router(x)[0]
+        mx.eval(indices, guesses)
+        return np.unique(np.array(guesses)).astype(np.int32)
+
+
+class Parts:
+    """The outputs of a call's pairs, computed a few experts at a time."""
+
+    def __init__(self, chosen: np.ndarray):
+        self.shape = chosen.shape
+        self._experts = chosen.reshape(-1)
+        self._order = np.argsort(self._experts, kind="stable")
+        self._sorted = self._experts[self._order]
+        self._pairs: list[np.ndarray] = []
+        self._outputs: list[mx.array] = []
+
+    def select(self, experts: np.ndarray) -> np.ndarray:
+        """The pairs of `experts`, expert after expert, an expert's in token order."""
+        experts = np.sort(experts)
+        begins, ends = np.searchsorted(self._sorted, experts), np.searchsorted(self._sorted, experts, side="right")
+        pairs = np.concatenate([self._order[a:b] for a, b in zip(begins, ends)])
+        self._pairs.append(pairs)
+        return pairs
+
+    def add(self, output: mx.array, evaluate: bool) -> None:
+        """`output` (P, hidden) of the pairs selected last."""
+        if evaluate:
+            mx.eval(output)
+        self._outputs.append(output)
+
+    def joined(self) -> mx.array:
+        """(T, K, hidden) of all pairs."""
+        place = np.empty(self._experts.size, dtype=np.int32)
+        place[np.concatenate(self._pairs)] = np.arange(place.size, dtype=np.int32)
+        return mx.concatenate(self._outputs)[mx.array(place)].reshape(*self.shape, -1)
+
+
+class ResidentSwitchGLU(nn.Module):
+    """All experts of a layer in banks of their own, expert e in slot e: nothing waits for the router."""
+
+    def __init__(self, file: ExpertFile, reader: ExpertReader, compute: Compute, in_place: bool | None = None):
+        super().__init__()
+        self.layer = file.layer
+        self.compute = compute
+        self.trace = None
+        self.banks = Banks(file.layout, file.num_experts, compute.widen, in_place)
+        for start in range(0, file.num_experts, 32):
+            slots = range(start, min(start + 32, file.num_experts))
+            reader.read([(file.layer, slot, self.banks.buffers(slot)) for slot in slots])
+            self.banks.landed(slots)
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """x (..., hidden), indices (..., K) → (..., K, hidden)."""
+        *rows, hidden = x.shape
+        top_k = indices.shape[-1]
+        x, slots = x.reshape(-1, hidden), indices.reshape(-1, top_k)
+        if self.trace is not None or not self.compute.takes_lazy:
+            slots = np.array(slots).astype(np.int32)
+            if self.trace is not None:
+                self.trace(self.layer, slots)
+        if indices.size < SORTED_PAIRS:
+            y = self.compute(x, slots, self.banks.arrays)
+        elif isinstance(slots, np.ndarray):
+            parts = Parts(slots)
+            pairs = parts.select(np.unique(slots))
+            parts.add(
+                self.compute(x[mx.array(pairs // top_k)], slots.reshape(-1, 1)[pairs], self.banks.arrays, grouped=True)[
+                    :, 0
+                ],
+                evaluate=False,
+            )
+            y = parts.joined()
+        else:
+            order = mx.argsort(slots.reshape(-1))
+            y = self.compute(x[order // top_k], slots.reshape(-1, 1)[order], self.banks.arrays, grouped=True)
+            y = y.reshape(-1, hidden)[mx.argsort(order)]
+        return y.reshape(*rows, top_k, hidden)

@@ -1,0 +1,224 @@
+"""Bounded parallel positional reads of expert records into given buffers.
+
+One record is one contiguous range of its layer's file; `preadv` scatters it over the tensors of a slot in one system
+call. Threads here handle bytes only: which expert is wanted, and where it goes, is decided elsewhere.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ..errors import MimoError
+from .record import ExpertFile
+
+INLINE_BYTES = 256 * 1024  # less than this is read by the caller: waking a thread costs more than the read
+
+
+@dataclass(frozen=True)
+class Request:
+    """Read expert `expert` of layer `layer` into `buffers`, which together hold one record."""
+
+    layer: int
+    expert: int
+    buffers: Sequence[memoryview]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+
+class Batch:
+    """Requests under way. `wait` returns when none of them touches a buffer any more."""
+
+    def __init__(self, requests: Sequence[Request]):
+        self.requests = requests
+        self.errors: list[MimoError | None] = [None] * len(requests)
+        self._open = len(requests)
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        if not requests:
+            self._done.set()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def wait(self) -> list[MimoError | None]:
+        """Blocks until every request is read or has failed: one error or None for each, in order."""
+        self._done.wait()
+        return self.errors
+
+    def _finish(self, index: int, error: MimoError | None) -> None:
+        self.errors[index] = error
+        with self._lock:
+            self._open -= 1
+            last = self._open == 0
+        if last:
+            self._done.set()
+
+
+class ExpertReader:
+    """Reads records of the given files, at most `threads` at a time.
+
+    The files stay open until `close`. `bytes_read`, `calls` (system calls that returned data) and `seconds` (wall time
+    during which at least one read was running) only grow. `preadv` can be replaced to inject faults.
+    """
+
+    def __init__(self, files: dict[int, ExpertFile], threads: int = 8, preadv: Callable = os.preadv):
+        if threads < 1:
+            raise ValueError(f"{threads} reader threads, at least one expected")
+        self.files = files
+        self.threads = threads
+        self.bytes_read = 0
+        self.calls = 0
+        self._preadv = preadv
+        self._lock = threading.Lock()
+        self._seconds = 0.0
+        self._running = 0
+        self._since = 0.0
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._workers: list[threading.Thread] = []
+        self._fds: dict[int, int] = {}
+        try:
+            for layer, file in files.items():
+                self._fds[layer] = _open(file)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, requests: Iterable[Request | tuple]) -> None:
+        """Reads all of `requests` and returns; raises the first error after every request has come to an end."""
+        for error in self.submit(requests).wait():
+            if error is not None:
+                raise error
+
+    def submit(self, requests: Iterable[Request | tuple]) -> Batch:
+        """Starts the reads, largest first, and returns at once (small batches are read here and now)."""
+        requests = [r if isinstance(r, Request) else Request(*r) for r in requests]
+        batch = Batch(requests)
+        sizes = [request.nbytes for request in requests]
+        order = sorted(range(len(requests)), key=sizes.__getitem__, reverse=True)
+        if sum(sizes) < INLINE_BYTES:
+            for index in order:
+                self._serve(batch, index)
+            return batch
+        self._start_workers(len(requests))
+        for index in order:
+            self._queue.put((batch, index))
+        return batch
+
+    @property
+    def seconds(self) -> float:
+        with self._lock:
+            running = time.perf_counter() - self._since if self._running else 0.0
+            return self._seconds + running
+
+    @property
+    def idle(self) -> bool:
+        return self._running == 0 and self._queue.empty()
+
+    def close(self) -> None:
+        """Ends the threads after what is queued, then closes the files."""
+        for _ in self._workers:
+            self._queue.put(None)
+        for worker in self._workers:
+            worker.join()
+        self._workers.clear()
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def _start_workers(self, wanted: int) -> None:
+        while len(self._workers) < min(self.threads, wanted):
+            worker = threading.Thread(target=self._work, name=f"expert-reader-{len(self._workers)}", daemon=True)
+            self._workers.append(worker)
+            worker.start()
+
+    def _work(self) -> None:
+        while (task := self._queue.get()) is not None:
+            self._serve(*task)
+
+    def _serve(self, batch: Batch, index: int) -> None:
+        error: MimoError | None = None
+        with self._lock:
+            if self._running == 0:
+                self._since = time.perf_counter()
+            self._running += 1
+        try:
+            self._read_record(batch.requests[index])
+        except MimoError as known:
+            error = known
+        except BaseException as unknown:  # a thread must not die and leave its caller waiting
+            request = batch.requests[index]
+            error = MimoError(self._where(request) + f"cannot be read: {unknown!r}")
+            error.__cause__ = unknown
+        finally:
+            with self._lock:
+                self._running -= 1
+                if self._running == 0:
+                    self._seconds += time.perf_counter() - self._since
+            batch._finish(index, error)
+
+    def _where(self, request: Request) -> str:
+        file = self.files.get(request.layer)
+        name = file.path.name if file else "no file"
+        return f"{name}: layer {request.layer} expert {request.expert} "
+
+    def _read_record(self, request: Request) -> None:
+        file, fd = self.files[request.layer], self._fds.get(request.layer)
+        if fd is None:
+            raise MimoError(self._where(request) + "wanted after the reader was closed")
+        size = request.nbytes
+        if size != file.layout.nbytes:
+            raise MimoError(self._where(request) + f"is {file.layout.nbytes:,} bytes, the buffers hold {size:,}")
+        offset, views, missing = file.offset(request.expert), list(request.buffers), size
+        while missing:
+            try:
+                count = self._preadv(fd, views, offset)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise MimoError(
+                    self._where(request) + f"cannot be read at byte {offset:,}: {reason}; check the disk"
+                ) from error
+            if count == 0:
+                raise MimoError(
+                    self._where(request) + f"ends {missing:,} bytes early, at byte {offset:,}: the file was cut short "
+                    "while in use; run the same mlx_mimo convert again to mend it"
+                )
+            with self._lock:
+                self.bytes_read += count
+                self.calls += 1
+            offset, missing = offset + count, missing - count
+            if missing:
+                views = _after(views, count)
+
+
+def _open(file: ExpertFile) -> int:
+    try:
+        fd = os.open(file.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise MimoError(f"{file.path.name}: cannot be opened: {error.strerror} ({file.path})") from error
+    expected, found = file.data_offset + file.num_experts * file.layout.nbytes, os.fstat(fd).st_size
+    if found < expected:
+        os.close(fd)
+        raise MimoError(
+            f"{file.path.name}: {expected:,} bytes expected, {found:,} found; "
+            "run the same mlx_mimo convert again to mend it"
+        )
+    return fd
+
+
+def _after(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of flat byte views once `count` bytes have been filled."""
+    left = []
+    for view in views:
+        if count >= view.nbytes:
+            count -= view.nbytes
+        else:
+            left.append(view.cast("B")[count:] if count else view)
+            count = 0
+    return left

@@ -1,0 +1,276 @@
+"""Puts expert residency into a loaded model: `attach` replaces the experts, `Residency` looks after them."""
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import FormatError, MimoError
+from .banks import host_writable, most_slots, slot_bytes
+from .compute import choose_compute
+from .layer import Ahead, ResidentSwitchGLU, StreamedSwitchGLU
+from .policy import DEFAULT_HALF_LIFE_TOKENS
+from .pool import Counters, Pool, divide, group_by_shape
+from .profile import Profile, fingerprint, load_profile, save_profile
+from .reader import ExpertReader
+from .record import ExpertFile, expert_files
+from .trace import TraceWriter
+
+
+class ResidencyWarning(UserWarning):
+    """Something that costs speed, not correctness: few slots, a profile that could not be used."""
+
+
+def attach(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    expert_memory_bytes: int | None = None,
+    slots: int | None = None,
+    policy: str = "lfu",
+    half_life_tokens: float = DEFAULT_HALF_LIFE_TOKENS,
+    reader_threads: int = 8,
+    lookahead: bool = False,
+    split: bool = False,
+    in_place: bool | None = None,
+) -> "Residency":
+    """Gives every MoE layer of `model` its experts from the expert files in `directory`.
+
+    `expert_memory_bytes` is what all slots together may take, `slots` their number instead; with neither, or with
+    enough for all, every expert is read now and stays. `split` computes hits while misses are read, `lookahead` reads
+    ahead what the next layer's router would choose, `in_place` overrides the check whether the host can write into the
+    device's arrays. Raises FormatError when files and model do not belong together.
+    """
+    files = expert_files(directory)
+    layers = _moe_layers(model)
+    _check(Path(directory), files, layers)
+    hidden_size = model.args.hidden_size
+    groups = group_by_shape(files)
+    computes = [choose_compute(next(iter(group.values())).layout, hidden_size) for group in groups]
+    experts = [sum(file.num_experts for file in group.values()) for group in groups]
+    sizes = [slot_bytes(_layout(group), compute.widen) for group, compute in zip(groups, computes)]
+    total = sum(size * count for size, count in zip(sizes, experts))
+    if slots is not None:
+        expert_memory_bytes = total if slots >= sum(experts) else slots * total // sum(experts)
+    in_place = host_writable() if in_place is None else in_place
+    reader = ExpertReader(files, reader_threads)
+    modules: dict[int, nn.Module] = {}
+    pools: list[Pool] = []
+    try:
+        if expert_memory_bytes is None or expert_memory_bytes >= total:
+            for group, compute in zip(groups, computes):
+                for layer, file in group.items():
+                    modules[layer] = ResidentSwitchGLU(file, reader, compute, in_place)
+        else:
+            shares = [slots] if slots is not None and len(groups) == 1 else divide(expert_memory_bytes, sizes, experts)
+            for group, compute, share in zip(groups, computes, shares):
+                most = most_slots(_layout(group), compute.widen)
+                share = min(share, most or share)
+                pool = Pool(group, share, reader, policy, half_life_tokens, compute.widen, in_place)
+                pools.append(pool)
+                modules.update({layer: StreamedSwitchGLU(layer, pool, compute, split) for layer in group})
+    except BaseException:
+        reader.close()
+        raise
+    for layer, module in modules.items():
+        layers[layer].mlp.switch_mlp = module
+    residency = Residency(
+        files, modules, pools, reader, policy, model.args.num_experts_per_tok, sum(sizes) // len(sizes)
+    )
+    if pools:
+        if lookahead:
+            residency.look_ahead({layer: layers[layer].mlp.gate for layer in modules})
+        residency.warn_if_short()
+    return residency
+
+
+class Residency:
+    """The experts of one loaded model. Methods are for the thread that runs it, except `request_resize`."""
+
+    def __init__(
+        self,
+        files: dict[int, ExpertFile],
+        modules: dict[int, nn.Module],
+        pools: list[Pool],
+        reader: ExpertReader,
+        policy: str,
+        top_k: int,
+        mean_slot_bytes: int,
+    ):
+        self.files = files
+        self.modules = dict(sorted(modules.items()))
+        self.pools = pools
+        self.reader = reader
+        self.policy = policy
+        self.top_k = top_k
+        self._slot_bytes = mean_slot_bytes
+        self._trace: TraceWriter | None = None
+        self._wanted_bytes: int | None = None
+        self._lock = threading.Lock()
+        first = next(iter(self.modules.values()))
+        if pools:
+            first.before = self._apply_request
+
+    @property
+    def all_resident(self) -> bool:
+        return not self.pools
+
+    @property
+    def counters(self) -> Counters:
+        """A snapshot of all pools together. `slot_bytes` is the mean where record shapes differ."""
+        total = Counters(self.policy, bytes_read=self.reader.bytes_read, read_seconds=self.reader.seconds)
+        if self.all_resident:
+            slots = sum(file.num_experts for file in self.files.values())
+            return replace(total, slots=slots, slot_bytes=self._slot_bytes)
+        for pool in self.pools:
+            total.slots += pool.slots
+            total.slot_bytes += pool.slots * pool.banks.slot_bytes
+            for name in ("hits", "misses", "evictions"):
+                setattr(total, name, getattr(total, name) + getattr(pool.residents, name))
+            for name in ("preloaded", "lookahead_reads", "lookahead_used"):
+                setattr(total, name, getattr(total, name) + getattr(pool, name))
+        total.slot_bytes //= total.slots
+        return total
+
+    @property
+    def demand_slots(self) -> int:
+        """Slots that one token needs, all layers together."""
+        return len(self.files) * self.top_k
+
+    def warn_if_short(self) -> None:
+        """Says once what memory would help where the slots hold less than one token's experts."""
+        counters = self.counters
+        if counters.slots < self.demand_slots:
+            need = self.demand_slots * counters.slot_bytes
+            warnings.warn(
+                f"expert memory of {_size(counters.slots * counters.slot_bytes)} holds {counters.slots} experts; "
+                f"one token needs {self.demand_slots}. It works, but reads nearly all of them "
+                f"for each token: give --expert-memory {_size(need)} or more",
+                ResidencyWarning,
+                stacklevel=3,
+            )
+
+    def look_ahead(self, routers: dict[int, Callable]) -> None:
+        """Turns look-ahead on; `routers` maps each MoE layer to its router."""
+        layers = list(self.modules)
+        for layer, following in pairwise(layers):
+            self.modules[layer].ahead = Ahead(following, self.modules[following].pool, routers[following])
+
+    def resize(self, expert_memory_bytes: int | None = None, slots: int | None = None) -> None:
+        """Another budget, between tokens. What is worth most stays; the peak is a second copy of the largest bank."""
+        if self.all_resident:
+            raise MimoError("all experts are resident and stay so; load the model with --expert-memory to resize")
+        sizes = [pool.banks.slot_bytes for pool in self.pools]
+        experts = [len(pool.files) * pool.num_experts for pool in self.pools]
+        if expert_memory_bytes is None:
+            expert_memory_bytes = slots * sum(s * n for s, n in zip(sizes, experts)) // sum(experts)
+        shares = divide(expert_memory_bytes, sizes, experts)
+        if slots is not None and len(self.pools) == 1:
+            shares = [min(slots, experts[0])]
+        shrinking = sorted(zip(self.pools, shares), key=lambda row: row[1] - row[0].slots)
+        for pool, share in shrinking:
+            pool.resize(min(share, most_slots(pool.layout, pool.banks.widen) or share))
+
+    def request_resize(self, expert_memory_bytes: int) -> None:
+        """As `resize`, from any thread: done before the next token."""
+        with self._lock:
+            self._wanted_bytes = expert_memory_bytes
+
+    def _apply_request(self) -> None:
+        if self._wanted_bytes is None:
+            return
+        with self._lock:
+            wanted, self._wanted_bytes = self._wanted_bytes, None
+        self.resize(wanted)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.files)
+
+    def save_profile(self, path: str | os.PathLike) -> None:
+        """Writes how often each expert was used, a loaded profile included."""
+        if self.all_resident:
+            return
+        uses = {}
+        for pool in self.pools:
+            for layer, base in pool.residents.base.items():
+                uses[layer] = pool.residents.uses[base : base + pool.num_experts]
+        save_profile(path, Profile(self.fingerprint, self.pools[0].residents.tokens, dict(sorted(uses.items()))))
+
+    def load_profile(self, path: str | os.PathLike, progress: Callable[[int, int], None] | None = None) -> int:
+        """Starts from a profile: reads its most used experts, as many as fit. Returns how many were read.
+
+        A profile of another model or a damaged one is a warning, and nothing happens. `progress(done, wanted)` is
+        called as experts arrive; a KeyboardInterrupt ends the reading early and nothing else.
+        """
+        if self.all_resident:
+            return 0
+        try:
+            profile = load_profile(path, self.fingerprint, self.files)
+        except MimoError as error:
+            warnings.warn(f"{error}; starting without it", ResidencyWarning, stacklevel=2)
+            return 0
+        done = 0
+        for pool in self.pools:
+            pool.residents.seed(np.concatenate([profile.uses[layer] for layer in pool.files]), profile.tokens)
+            done += pool.preload(progress)
+        return done
+
+    def trace_to(self, path: str | os.PathLike) -> None:
+        """Records routing into a file from now on, until `close`."""
+        experts = max(file.num_experts for file in self.files.values())
+        self._end_trace()
+        self._trace = TraceWriter(path, list(self.files), experts, self.top_k, self.fingerprint, self._slot_bytes)
+        for module in self.modules.values():
+            module.trace = self._trace
+
+    def close(self) -> None:
+        """Ends the trace, the reader's threads and files. The model cannot read experts any more."""
+        self._end_trace()
+        self.reader.close()
+
+    def _end_trace(self) -> None:
+        if self._trace is not None:
+            for module in self.modules.values():
+                module.trace = None
+            self._trace.close()
+            self._trace = None
+
+
+def _layout(group: dict[int, ExpertFile]):
+    return next(iter(group.values())).layout
+
+
+def _moe_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """{number: decoder layer} of the layers that route."""
+    return {i: layer for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "switch_mlp")}
+
+
+def _check(directory: Path, files: dict[int, ExpertFile], layers: dict[int, nn.Module]) -> None:
+    if set(files) != set(layers):
+        missing, extra = sorted(set(layers) - set(files)), sorted(set(files) - set(layers))
+        found = (
+            f"no expert file for layers {missing}" if missing else f"expert files for layers {extra}, not MoE layers"
+        )
+        raise FormatError(f"{directory.name}: {found}; run the same mlx_mimo convert again to mend it")
+    for layer, file in files.items():
+        router = getattr(layers[layer].mlp, "gate", None)
+        weight = getattr(router, "weight", None)
+        if isinstance(weight, mx.array) and weight.shape[0] != file.num_experts:
+            raise FormatError(f"{file.path.name}: {file.num_experts} experts, the router chooses of {weight.shape[0]}")
+
+
+def _size(nbytes: int) -> str:
+    """A size as the flag takes it, rounded up."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if nbytes >= size:
+            return f"{-(-nbytes * 10 // size) / 10:g}{unit}"
+    return str(nbytes)

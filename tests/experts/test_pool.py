@@ -1,0 +1,336 @@
+"""A pool through every fault: what it holds is right or not there, and the next call is served."""
+
+import os
+import shutil
+import time
+from contextlib import closing
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_experts import EXPERTS, random_experts, write_expert_file
+
+from mlx_mimo.errors import MimoError
+from mlx_mimo.experts.pool import Counters, Pool, divide, group_by_shape
+from mlx_mimo.experts.reader import ExpertReader
+from mlx_mimo.experts.record import expert_files
+from mlx_mimo.experts.residents import HELD, Need
+
+LAYERS = (1, 2)
+
+
+class Disk:
+    """preadv that does as told: `fault(n)` decides what the n-th call does."""
+
+    def __init__(self):
+        self.calls = 0
+        self.fault = lambda n: None
+
+    def __call__(self, fd, views, offset):
+        self.calls += 1
+        fault = self.fault(self.calls)
+        if fault == "fail":
+            raise OSError(5, "Input/output error")
+        if fault == "short":
+            return os.preadv(fd, [views[0][: max(1, views[0].nbytes // 3)]], offset)
+        if fault == "slow":
+            time.sleep(0.02)
+        return os.preadv(fd, views, offset)
+
+
+@pytest.fixture(params=["threads", "inline"], autouse=True)
+def where_reads_run(request, monkeypatch):
+    if request.param == "threads":
+        monkeypatch.setattr("mlx_mimo.experts.reader.INLINE_BYTES", 0)
+
+
+@pytest.fixture
+def disk():
+    return Disk()
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """(directory of expert files, {layer: {tensor: what a slot holds of it, for all experts}})"""
+    directory = tmp_path_factory.mktemp("experts")
+    truth = {}
+    for layer in LAYERS:
+        tensors = random_experts(seed=layer)
+        write_expert_file(directory, layer, tensors)
+        truth[layer] = {
+            name: np.array(value if value.dtype == mx.uint32 else value.astype(mx.float32))
+            for name, value in tensors.items()
+        }
+    return directory, truth
+
+
+@pytest.fixture
+def make(originals, tmp_path, disk):
+    directory, truth = originals
+    files = expert_files(shutil.copytree(directory, tmp_path / "experts"))
+    readers = []
+
+    def pool(slots, **options) -> Pool:
+        readers.append(ExpertReader(files, threads=3, preadv=disk))
+        made = Pool(files, slots, readers[-1], widen=True, **options)
+        made.truth = truth
+        return made
+
+    yield pool
+    for reader in readers:
+        reader.close()
+
+
+def need(layer, *experts, together=True) -> Need:
+    return Need(layer, np.array(experts, dtype=np.int32), np.ones(len(experts), int), 1, together)
+
+
+def serve(pool, call, **options) -> set[int]:
+    """Runs a call, checking that each expert's slot holds its weights when it is to be computed."""
+    computed = []
+    with closing(pool.serve(call, **options)) as steps:
+        for step in steps:
+            for expert, slot in zip(step.experts.tolist(), pool.slots_of(call.layer, step.experts).tolist()):
+                assert_holds(pool, call.layer, expert, slot)
+            computed += step.experts.tolist()
+    assert sorted(computed) == sorted(call.experts.tolist())
+    return set(computed)
+
+
+def assert_holds(pool, layer, expert, slot):
+    for name in ("gate_proj.weight", "down_proj.biases"):  # the first and the last tensor, one of them widened
+        assert np.array_equal(np.asarray(pool.arrays[name])[slot], pool.truth[layer][name][expert]), (layer, expert)
+
+
+def assert_consistent(pool):
+    table = pool.residents
+    assert not (table.rank == HELD).any()
+    for slot, key in enumerate(table.key_of.tolist()):
+        if key >= 0:
+            assert table.slot_of[key] == slot
+            assert_holds(pool, LAYERS[key // EXPERTS], key % EXPERTS, slot)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 8, 32])
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("together", [True, False])
+def test_what_is_served_is_right_and_bytes_are_misses(make, disk, slots, in_place, together):
+    pool, rng = make(slots, in_place=in_place), np.random.default_rng(0)
+    for step in range(30):
+        serve(pool, need(1 + step % 2, *rng.permutation(EXPERTS)[: rng.integers(1, 9)], together=together))
+    assert_consistent(pool)
+    record = pool.layout.nbytes
+    assert pool.reader.bytes_read == pool.residents.misses * record
+    assert disk.calls == pool.residents.misses, "one system call a miss"
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize("fault", ["short", "slow"])
+def test_short_and_slow_reads_change_nothing(make, disk, slots, fault):
+    disk.fault = lambda n: fault if n % 3 == 0 else None
+    pool = make(slots)
+    for step in range(6):
+        serve(pool, need(1 + step % 2, *range(step, step + 6)))
+    assert_consistent(pool)
+    assert pool.reader.bytes_read == pool.residents.misses * pool.layout.nbytes
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 20])
+@pytest.mark.parametrize("nth", [1, 2, 5, 6])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_when_the_nth_read_fails_the_next_call_is_right(make, disk, slots, nth, together, in_place):
+    pool = make(slots, in_place=in_place)
+    serve(pool, need(2, 0, 1, 2))
+    misses, first = pool.residents.misses, disk.calls
+    disk.fault = lambda n: "fail" if n == first + nth else None
+    call = need(1, 3, 4, 5, 6, 7, 8, together=together)
+    with pytest.raises(
+        MimoError, match=r"model-experts-1.safetensors: layer 1 expert \d+ cannot be read .*Input/output"
+    ):
+        serve(pool, call)
+    assert_consistent(pool)
+    assert pool.residents.misses <= misses + 5
+    disk.fault = lambda n: None
+    serve(pool, call)
+    serve(pool, need(2, 0, 1, 2))
+    assert_consistent(pool)
+
+
+def test_every_read_fails_and_then_none(make, disk):
+    pool = make(8)
+    disk.fault = lambda n: "fail"
+    for _ in range(3):
+        with pytest.raises(MimoError):
+            serve(pool, need(1, 0, 1, 2, 3))
+        assert pool.residents.resident == 0
+    assert (pool.residents.hits, pool.residents.misses) == (0, 0)
+    disk.fault = lambda n: None
+    serve(pool, need(1, 0, 1, 2, 3))
+    assert pool.residents.misses == 4
+
+
+def test_a_file_cut_short_spoils_only_what_was_cut_off(make):
+    pool = make(8)
+    file = pool.files[1]
+    os.truncate(file.path, file.offset(5))
+    serve(pool, need(1, 0, 4))
+    with pytest.raises(MimoError, match=r"expert 5 ends .* early"):
+        serve(pool, need(1, 1, 5))
+    serve(pool, need(1, 0, 1, 4))
+    assert_consistent(pool)
+
+
+def test_a_file_removed_under_way_is_served_to_the_end(make):
+    pool = make(4)
+    for file in pool.files.values():
+        file.path.unlink()
+    serve(pool, need(1, *range(12)))
+    assert_consistent(pool)
+
+
+def test_a_consumer_that_gives_up_leaves_the_pool_whole(make, disk):
+    disk.fault = lambda n: "slow"
+    pool = make(8)
+    for together in (True, False):
+        steps = pool.serve(need(1, *range(12), together=together))
+        next(steps)
+        steps.close()
+        assert_consistent(pool)
+    serve(pool, need(1, *range(12)))
+
+
+def test_an_interrupt_while_waiting_leaves_the_pool_whole(make, monkeypatch):
+    pool = make(8)
+    submit = pool.reader.submit
+
+    def interrupting(requests):
+        batch = submit(requests)
+        wait = batch.wait
+        calls = []
+
+        def once():
+            calls.append(1)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return wait()
+
+        batch.wait = once
+        return batch
+
+    monkeypatch.setattr(pool.reader, "submit", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        serve(pool, need(1, 0, 1, 2))
+    assert_consistent(pool)
+    monkeypatch.setattr(pool.reader, "submit", submit)
+    serve(pool, need(1, 0, 1, 2))
+
+
+def test_lazy_outputs_are_computed_before_their_slots_are_written(make):
+    pool = make(2)
+    kept = []
+    for expert in range(8):
+        with closing(pool.serve(need(1, expert))) as steps:
+            for _ in steps:
+                slot = int(pool.slots_of(1, np.array([expert]))[0])
+                output = pool.arrays["gate_proj.scales"][slot] * 2
+                pool.lazily(output)
+                kept.append(output)
+    for expert, output in enumerate(kept):
+        assert mx.array_equal(output, mx.array(pool.truth[1]["gate_proj.scales"][expert]) * 2)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_resize_keeps_experts_and_serves_on(make, in_place):
+    pool, rng = make(8, in_place=in_place), np.random.default_rng(1)
+    for slots in (8, 3, 1, 20, 32, 5, 6):
+        pool.resize(slots)
+        assert pool.slots == slots
+        assert_consistent(pool)
+        before = pool.residents.resident
+        for step in range(8):
+            serve(pool, need(1 + step % 2, *rng.permutation(EXPERTS)[:4]))
+        assert pool.residents.resident >= min(before, slots)
+        assert_consistent(pool)
+
+
+def test_what_resize_keeps_is_not_read_again(make, disk):
+    pool = make(6)
+    for _ in range(3):
+        serve(pool, need(1, 0, 1, 2))
+    serve(pool, need(1, 3, 4, 5))
+    pool.resize(3)
+    calls = disk.calls
+    serve(pool, need(1, 0, 1, 2))
+    assert disk.calls == calls
+
+
+@pytest.mark.parametrize("target", [12, 3])
+def test_a_resize_without_memory_changes_nothing_that_is_right(make, monkeypatch, target):
+    pool = make(6)
+    serve(pool, need(1, 0, 1, 2, 3))
+    allocate, calls = pool.banks._allocate, []
+
+    def out_of_memory(tensor, slots):
+        calls.append(tensor)
+        if len(calls) == 4:
+            raise RuntimeError("[malloc] Unable to allocate")
+        allocate(tensor, slots)
+
+    monkeypatch.setattr(pool.banks, "_allocate", out_of_memory)
+    with pytest.raises(RuntimeError, match="malloc"):
+        pool.resize(target)
+    monkeypatch.setattr(pool.banks, "_allocate", allocate)
+    assert_consistent(pool)
+    serve(pool, need(2, 0, 1, 2, 3, 4, 5))
+    pool.resize(target)
+    serve(pool, need(1, 0, 1, 2, 3, 4, 5))
+    assert_consistent(pool)
+
+
+def test_guesses_are_hits_when_they_are_right(make, disk):
+    pool = make(12)
+    for _ in range(2):
+        serve(pool, need(2, 0, 1, 2))
+    pool.resize(3)
+    pool.resize(12)
+    serve(pool, need(1, 5))
+    pool.guess(2, np.array([3, 0]))  # never used: free slots take anything, 0 is resident
+    assert pool.lookahead_reads == 1
+    misses = pool.residents.misses
+    serve(pool, need(2, 0, 3))
+    assert (pool.residents.misses, pool.lookahead_used) == (misses, 1)
+    assert disk.calls == misses + 1
+    assert_consistent(pool)
+
+
+def test_a_guess_that_cannot_be_read_is_no_error_until_it_is_needed(make, disk):
+    pool = make(8)
+    disk.fault = lambda n: "fail"
+    pool.guess(1, np.array([4, 5]))
+    disk.fault = lambda n: None
+    serve(pool, need(1, 0))
+    assert_consistent(pool)
+    serve(pool, need(1, 4, 5))
+    assert pool.lookahead_used == 0
+
+
+def test_counters_have_a_hit_rate():
+    assert Counters(hits=3, misses=1).hit_rate == 0.75
+    assert Counters().hit_rate == 1.0
+
+
+def test_shapes_share_a_budget_in_proportion_to_their_bytes():
+    assert divide(1000, [10, 20], [100, 50]) == [50, 25]
+    assert divide(300, [10, 20], [100, 50]) == [15, 7]
+    assert divide(1, [10, 20], [100, 50]) == [1, 1]
+    assert divide(10**6, [10, 20], [100, 50]) == [100, 50]
+
+
+def test_files_of_different_shapes_get_pools_of_their_own(tmp_path):
+    for layer, form in {1: "affine4", 2: "mxfp4", 5: "affine4"}.items():
+        write_expert_file(tmp_path, layer, random_experts(form))
+    files = expert_files(tmp_path)
+    assert [list(group) for group in group_by_shape(files)] == [[1, 5], [2]]
+    with pytest.raises(ValueError, match="cannot share a pool"):
+        Pool(files, 4, ExpertReader(files))
