@@ -1,0 +1,85 @@
+"""Attention on the host: NumPy's BLAS for the products, which MLX's CPU backend runs through a reference BLAS."""
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import MimoError
+from .modules import host, on_host
+
+BLOCK = 256  # queries at a time, so that scores stay small
+
+
+def attention(queries, keys, values, cache=None, *, scale: float, mask=None, sinks=None) -> mx.array:
+    """As mx.fast.scaled_dot_product_attention, in float32: queries (B, H, L, D), keys and values (B, KV, S, …)."""
+    if hasattr(cache, "bits"):
+        raise MimoError("quantised KV caches have no CPU kernel; leave --kv-bits out")
+    if isinstance(mask, mx.array):
+        mask = np.asarray(mask) if mask.dtype == mx.bool_ else host(mask)
+    sinks = None if sinks is None else host(sinks)
+    keys, values = (_seen(part) for part in (keys, values))
+    return on_host(lambda q: _attend(q, keys, values, scale, mask, sinks))(queries)
+
+
+def _seen(x: mx.array) -> np.ndarray:
+    """The cache's memory where it lies, slices included."""
+    if x.dtype != mx.float32:
+        return host(x)
+    try:
+        mx.eval(x)
+    except ValueError:
+        return host(x)  # raises the right error
+    return np.asarray(x)
+
+
+def _attend(queries, keys, values, scale, mask, sinks) -> np.ndarray:
+    batch, heads, length, _ = queries.shape
+    kv_heads, seen = keys.shape[1:3]
+    shared = heads // kv_heads  # query heads to a key head
+    out = np.empty((batch, heads, length, values.shape[-1]), np.float32)
+    for b, kv in np.ndindex(batch, kv_heads):
+        group = slice(kv * shared, (kv + 1) * shared)
+        for first in range(0, length, BLOCK):
+            last = min(first + BLOCK, length)
+            q = queries[b, group, first:last].reshape(shared * (last - first), -1)
+            # What no query of the block may see is left out; a window leaves out the front as well.
+            end = seen - length + last if isinstance(mask, str) else seen
+            scores = (q @ keys[b, kv, :end].T).reshape(shared, last - first, end)
+            scores *= np.float32(scale)
+            _mask(scores, mask, b, group, first, last, seen - length)
+            weights, total = _softmax(scores, None if sinks is None else sinks[group])
+            weighted = weights.reshape(-1, end) @ values[b, kv, :end]
+            out[b, group, first:last] = weighted.reshape(shared, last - first, -1) / total
+    return out
+
+
+def _mask(scores, mask, b, group, first, last, before) -> None:
+    """Puts -inf (or a mask of floats) on what may not be seen."""
+    if mask is None:
+        return
+    if isinstance(mask, str):
+        if mask != "causal":
+            raise MimoError(f"attention mask {mask!r}; 'causal' or an array expected")
+        allowed = np.arange(scores.shape[-1])[None] <= np.arange(first, last)[:, None] + before
+        np.copyto(scores, -np.inf, where=~allowed)
+        return
+    full = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    part = full[b if full.shape[0] > 1 else 0]
+    part = part[group if part.shape[0] > 1 else slice(None), first:last] if part.shape[1] > 1 else part
+    if part.dtype == np.bool_:
+        np.copyto(scores, -np.inf, where=~np.broadcast_to(part, scores.shape))
+    else:
+        scores += part
+
+
+def _softmax(scores, sinks) -> tuple[np.ndarray, np.ndarray]:
+    """(numerators, denominators), the sink of a head being one more score without a value. Writes over `scores`."""
+    top = scores.max(-1, keepdims=True)
+    if sinks is not None:
+        top = np.maximum(top, sinks[:, None, None])
+    top = np.where(np.isfinite(top), top, 0)
+    scores -= top
+    np.exp(scores, out=scores)
+    total = scores.sum(-1, keepdims=True)
+    if sinks is not None:
+        total += np.exp(sinks[:, None, None] - top)
+    return scores, total

@@ -1,0 +1,282 @@
+"""Matrices as MLX packs them, seen in place, and their products with rows of activations.
+
+`Packed` is one matrix or a bank of them in slots. `matmul` and `experts` choose between the kernels that read packed
+weights (few rows of activations) and blocks made float32 once for NumPy's BLAS (many).
+"""
+
+import functools
+from dataclasses import dataclass
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import MimoError
+from . import kernels
+from .formats import AFFINE_BITS, FORMAT_BITS, lane_scales
+
+FEW = 8  # up to so many rows the kernels read packed weights; above, blocks are made float32 for BLAS
+BLOCK_BYTES = 2**21  # of float32 weights at a time, so that they stay in cache
+_KINDS = {mx.bfloat16: "bf16", mx.float16: "f16", mx.float32: "f32", mx.uint8: "e8m0"}
+GROUPS = (32, 64, 128)
+
+
+def format_of(dtype: mx.Dtype, bits: int = 0, group_size: int = 0, mode: str = "affine") -> str | None:
+    """The kernels' name for a format, bits 0 being an unquantised `dtype`; None for one that they do not know."""
+    if not bits:
+        kind = _KINDS.get(dtype)
+        return kind if kind != "e8m0" else None
+    if mode == "affine" and bits in AFFINE_BITS and group_size in GROUPS:
+        return f"affine{bits}"
+    return "mxfp4" if (mode, bits, group_size) == ("mxfp4", 4, 32) else None
+
+
+@dataclass(frozen=True)
+class _View:
+    """An evaluated array's memory; it holds the array, so the address stays good."""
+
+    array: mx.array
+    host: np.ndarray
+
+    @property
+    def address(self) -> int:
+        return self.host.ctypes.data
+
+
+def _view(array: mx.array) -> _View:
+    flat = mx.contiguous(array).view(mx.uint8)
+    mx.eval(flat)
+    return _View(flat, np.asarray(flat))
+
+
+class Packed:
+    """A matrix (rows, columns), or `slots` of them: weight (slots, rows, packed columns), scales and biases alike.
+
+    `borrowed` says that the caller keeps the arrays for as long as this is used, so that it need not.
+
+    Raises MimoError for a format without kernels (`format_of` tells beforehand).
+    """
+
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array | None = None,
+        biases: mx.array | None = None,
+        *,
+        bits: int = 0,
+        group_size: int = 0,
+        mode: str = "affine",
+        borrowed: bool = False,
+    ):
+        self.format = format_of(weight.dtype, bits, group_size, mode)
+        if self.format is None:
+            raise MimoError(f"{mode}, {bits} bits, groups of {group_size}: no CPU kernel; use MLX's own operations")
+        self.rows = weight.shape[-2]
+        self.columns = weight.shape[-1] * weight.dtype.size * 8 // FORMAT_BITS[self.format]
+        self.slots = weight.shape[0] if weight.ndim == 3 else 1
+        self.group_size = group_size
+        self.scale = _KINDS[scales.dtype] if bits else ""
+        if biases is not None and biases.dtype != scales.dtype:
+            raise MimoError(f"scales are {scales.dtype}, biases {biases.dtype}; one type expected, convert again")
+        views = [_view(part) if part is not None else None for part in (weight, scales, biases)]
+        self.addresses = [view.address if view else 0 for view in views]
+        self.row_bytes = [view.host.nbytes // (self.slots * self.rows) if view else 0 for view in views]
+        self.views = [] if borrowed else views
+        self.units = group_size // 32
+        self.n = self.columns // group_size if group_size else self.columns
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.rows * sum(self.row_bytes)
+
+    def table(self, activations: "Activations", out: np.ndarray, runs: "Runs") -> list[int]:
+        """What `kernels.multiply` wants to know."""
+        weight, scales, _ = self.row_bytes
+        x, sums = activations.scaled, activations.sums
+        return [
+            *self.addresses,
+            weight * self.rows,
+            scales * self.rows,
+            weight,
+            scales,
+            self.rows,
+            self.n,
+            x.ctypes.data,
+            sums.ctypes.data,
+            x.strides[0],
+            sums.strides[0],
+            out.ctypes.data,
+            out.strides[0],
+            runs.slots.ctypes.data,
+            runs.x_rows.ctypes.data,
+            runs.out_rows.ctypes.data,
+        ]
+
+    def dequantised(self, slot: int, first: int, last: int, out: np.ndarray) -> np.ndarray:
+        """Rows first..last of one slot as float32, in the memory of `out`: (last - first, columns)."""
+        out = out[: (last - first) * self.columns].reshape(last - first, self.columns)
+        at = slot * self.rows + first
+        addresses = [address + at * size for address, size in zip(self.addresses, self.row_bytes)]
+        lanes = _lanes(self.format)
+        table = [*addresses, *self.row_bytes[:2], lanes.ctypes.data, out.ctypes.data, self.n, out.strides[0]]
+        kernels.run(kernels.dequantise(self.format, self.scale, self.units), table, last - first, 4 * out.size)
+        return out
+
+
+_lanes = functools.cache(lane_scales)
+
+
+class Activations:
+    """x (T, columns) float32 as the kernels of one format and group size take it."""
+
+    def __init__(self, x: np.ndarray, packed: Packed):
+        self.key = (packed.format, packed.group_size)
+        if not packed.group_size:
+            self.scaled, self.sums = x, np.zeros((1, 1), np.float32)
+            return
+        lanes = _lanes(packed.format)
+        self.scaled = x if lanes[-1] == 1 else (x.reshape(-1, lanes.size) * lanes).reshape(x.shape)
+        self.sums = x.reshape(len(x), -1, packed.group_size).sum(-1)
+
+    def fit(self, packed: Packed) -> bool:
+        return self.key == (packed.format, packed.group_size)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Consecutive rows of x through one slot, `tokens` at a time; int64 arrays, one entry a run."""
+
+    tokens: int
+    slots: np.ndarray
+    x_rows: np.ndarray
+    out_rows: np.ndarray
+
+
+def singles(slots: np.ndarray, x_rows: np.ndarray) -> Runs:
+    slots, x_rows = slots.astype(np.int64), x_rows.astype(np.int64)
+    return Runs(1, slots, x_rows, np.arange(len(slots)))
+
+
+def runs_of(spans: list[tuple[int, int, int]]) -> list[Runs]:
+    """(slot, first row, last row + 1) → runs of 4, 2 and 1 rows."""
+    found: dict[int, list[tuple[int, int]]] = {4: [], 2: [], 1: []}
+    for slot, first, last in spans:
+        while first < last:
+            tokens = next(t for t in found if t <= last - first)
+            found[tokens].append((slot, first))
+            first += tokens
+    runs = []
+    for tokens, starts in found.items():
+        if starts:
+            slots, rows = np.array(starts, np.int64).T.copy()
+            runs.append(Runs(tokens, slots, rows, rows))
+    return runs
+
+
+def matmul(x: np.ndarray, packed: Packed, slot: int = 0, activations: Activations | None = None) -> np.ndarray:
+    """x (T, columns) float32, contiguous → (T, rows). `activations`, if they fit, are x prepared for another matrix."""
+    out = np.empty((len(x), packed.rows), np.float32)
+    if len(x) > FEW:
+        _many(x, packed, slot, out)
+    elif len(x):
+        if activations is None or not activations.fit(packed):
+            activations = Activations(x, packed)
+        _few(activations, packed, runs_of([(slot, 0, len(x))]), out)
+    return out
+
+
+def _few(activations: Activations, packed: Packed, runs: list[Runs], out: np.ndarray) -> None:
+    for run in runs:
+        kernel = kernels.multiply(packed.format, packed.scale, packed.units, run.tokens)
+        table = packed.table(activations, out, run)
+        kernels.run(kernel, table, len(run.slots) * ((packed.rows + 1) // 2), len(run.slots) * packed.slot_bytes)
+
+
+def _many(x: np.ndarray, packed: Packed, slot: int, out: np.ndarray) -> None:
+    step = max(1, BLOCK_BYTES // (4 * packed.columns))
+    buffer = np.empty(min(step, packed.rows) * packed.columns, np.float32)
+    for first in range(0, packed.rows, step):
+        last = min(first + step, packed.rows)
+        out[:, first:last] = x @ packed.dequantised(slot, first, last, buffer).T
+
+
+# ---- experts
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The three matrices of a bank of experts; slot s of each belongs to one expert."""
+
+    gate: Packed
+    up: Packed
+    down: Packed
+
+    @property
+    def fused(self) -> bool:
+        return self.gate.format == self.up.format and self.gate.row_bytes == self.up.row_bytes
+
+
+def experts(x: np.ndarray, slots: np.ndarray, bank: Expert, part: bool = False) -> np.ndarray:
+    """x (T, hidden) float32 through the experts in slots (T, K) → (T, K, hidden): down(silu(gate x) * up x).
+
+    `part` says that these are some pairs of a call of several tokens: computed as that call would compute them.
+    """
+    tokens, top_k = slots.shape
+    if tokens == 1 and not part:
+        return _one_token(x, slots[0], bank)[None]
+    flat = slots.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    rows = np.ascontiguousarray(x[order // top_k])
+    sorted_out = _sorted_experts(rows, flat[order], bank)
+    out = np.empty_like(sorted_out)
+    out[order] = sorted_out
+    return out.reshape(tokens, top_k, -1)
+
+
+def _one_token(x: np.ndarray, slots: np.ndarray, bank: Expert) -> np.ndarray:
+    """x (1, hidden), slots (K,) → (K, hidden)."""
+    runs = singles(slots, np.zeros(len(slots)))
+    inner = _gate_up(x, runs, bank)
+    out = np.empty((len(slots), bank.down.rows), np.float32)
+    _few(Activations(inner, bank.down), bank.down, [singles(slots, np.arange(len(slots)))], out)
+    return out
+
+
+def _gate_up(x: np.ndarray, runs: Runs, bank: Expert) -> np.ndarray:
+    activations = Activations(x, bank.gate)
+    inner, up = (np.empty((len(runs.slots), bank.gate.rows), np.float32) for _ in range(2))
+    if bank.fused:
+        kernel = kernels.gate_up(bank.gate.format, bank.gate.scale, bank.gate.units)
+        table = [*bank.gate.table(activations, inner, runs), *bank.up.addresses, up.ctypes.data]
+        kernels.run(kernel, table, inner.size, 2 * len(inner) * bank.gate.slot_bytes)
+        return swiglu(inner, up)
+    _few(activations, bank.gate, [runs], inner)
+    _few(activations if activations.fit(bank.up) else Activations(x, bank.up), bank.up, [runs], up)
+    return swiglu(inner, up)
+
+
+def _sorted_experts(x: np.ndarray, slots: np.ndarray, bank: Expert) -> np.ndarray:
+    """x (P, hidden), slots (P,) with equal ones adjacent → (P, hidden)."""
+    bounds = [0, *(np.flatnonzero(np.diff(slots)) + 1).tolist(), len(slots)]
+    spans = [(int(slots[a]), a, b) for a, b in pairwise(bounds)]
+    out = np.empty((len(x), bank.down.rows), np.float32)
+    for slot, a, b in spans:
+        if b - a > FEW:
+            inner = swiglu(matmul(x[a:b], bank.gate, slot), matmul(x[a:b], bank.up, slot))
+            out[a:b] = matmul(inner, bank.down, slot)
+    runs = runs_of([span for span in spans if span[2] - span[1] <= FEW])
+    if runs:
+        gate, up = (np.zeros((len(x), bank.gate.rows), np.float32) for _ in range(2))
+        activations = Activations(x, bank.gate)
+        _few(activations, bank.gate, runs, gate)
+        _few(activations if activations.fit(bank.up) else Activations(x, bank.up), bank.up, runs, up)
+        _few(Activations(swiglu(gate, up), bank.down), bank.down, runs, out)
+    return out
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """silu(gate) * up, in the memory of `gate`."""
+    with np.errstate(over="ignore"):  # exp(-gate) may overflow to infinity, which gives the right 0
+        gate /= 1.0 + np.exp(-gate)
+    gate *= up
+    return gate

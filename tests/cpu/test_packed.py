@@ -1,0 +1,178 @@
+"""Products with packed weights equal float64 on dequantised weights, for every format and any shape."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("numba")
+
+from mlx_mimo.cpu.packed import Expert, Packed, experts, matmul
+
+AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+TOLERANCE = 1e-5
+
+
+def packed_and_exact(shape, bits, group, mode="affine", scale=mx.bfloat16, seed=0):
+    """A random quantised matrix (…, rows, columns) and what its codes stand for in float64."""
+    weight = mx.random.normal(shape, key=mx.random.key(seed))
+    if mode == "mxfp4":
+        codes, scales = mx.quantize(weight, group_size=32, bits=4, mode="mxfp4")
+        exact = mx.dequantize(codes, scales, group_size=32, bits=4, mode="mxfp4", dtype=mx.float32)
+        return Packed(codes, scales, bits=4, group_size=32, mode="mxfp4"), np.array(exact, np.float64)
+    codes, scales, biases = mx.quantize(weight, group_size=group, bits=bits)
+    scales, biases = scales.astype(scale), biases.astype(scale)
+    # The codes themselves come from MLX; scale and bias are applied in float64.
+    ones, zeros = mx.ones(scales.shape), mx.zeros(scales.shape)
+    numbers = np.array(mx.dequantize(codes, ones, zeros, group_size=group, bits=bits), np.float64)
+    wide = [np.repeat(np.array(v.astype(mx.float32), np.float64), group, axis=-1) for v in (scales, biases)]
+    return Packed(codes, scales, biases, bits=bits, group_size=group), numbers * wide[0] + wide[1]
+
+
+def plain_and_exact(shape, dtype, seed=0):
+    weight = mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+    return Packed(weight), np.array(weight.astype(mx.float32), np.float64)
+
+
+def activations(tokens, columns, seed=1):
+    return np.random.default_rng(seed).normal(size=(tokens, columns)).astype(np.float32)
+
+
+def relative_error(got, want):
+    return np.abs(got - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize(("bits", "group"), AFFINE)
+@pytest.mark.parametrize("tokens", [1, 3, 7, 20])
+def test_affine_equals_float64(bits, group, tokens):
+    matrix, exact = packed_and_exact((37, 3 * group), bits, group)
+    x = activations(tokens, 3 * group)
+    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+
+
+@pytest.mark.parametrize("scale", [mx.float16, mx.float32])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_other_scale_types(scale, tokens):
+    matrix, exact = packed_and_exact((33, 192), 4, 64, scale=scale)
+    x = activations(tokens, 192)
+    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 12])
+def test_mxfp4_equals_float64(tokens):
+    matrix, exact = packed_and_exact((29, 160), 4, 32, "mxfp4")
+    x = activations(tokens, 160)
+    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+
+
+def test_mxfp4_knows_every_code_and_the_smallest_scale():
+    codes = mx.array(np.array([0x76543210, 0xFEDCBA98] * 2, np.uint32))[None]
+    for exponent in (0, 1, 127, 140):
+        scales = mx.array([[exponent]], dtype=mx.uint8)
+        matrix = Packed(codes, scales, bits=4, group_size=32, mode="mxfp4")
+        values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float64)
+        exact = np.concatenate([values, -values] * 2) * 2.0 ** (exponent - 127)
+        for column in range(32):
+            x = np.zeros((1, 32), np.float32)
+            x[0, column] = 2.0**20
+            assert matmul(x, matrix)[0, 0] == exact[column] * 2.0**20
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+@pytest.mark.parametrize("columns", [1, 31, 64, 100])
+@pytest.mark.parametrize("tokens", [1, 4, 11])
+def test_unquantised_equals_float64(dtype, columns, tokens):
+    matrix, exact = plain_and_exact((13, columns), dtype)
+    x = activations(tokens, columns)
+    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    groups=st.integers(1, 9),
+    packing=st.sampled_from([*AFFINE, "mxfp4"]),
+    tokens=st.integers(1, 12),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_equals_float64(rows, groups, packing, tokens, seed):
+    bits, group = (4, 32) if packing == "mxfp4" else packing
+    mode = "mxfp4" if packing == "mxfp4" else "affine"
+    matrix, exact = packed_and_exact((rows, groups * group), bits, group, mode, seed=seed)
+    x = activations(tokens, groups * group, seed)
+    got, want = matmul(x, matrix), x @ exact.T
+    # One row may cancel to almost nothing, so the error is measured against what was summed.
+    scale = np.sqrt((x.astype(np.float64) ** 2).sum(1))[:, None] * np.sqrt((exact**2).sum(1))[None]
+    assert (np.abs(got - want) / np.maximum(scale, 1e-30)).max() < TOLERANCE
+
+
+def test_reads_stay_inside_the_matrix():
+    """The last unit of 2 and 3 bits is read from further back, not beyond the end."""
+    import ctypes
+    import mmap
+
+    page = mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    for bits in (2, 3):
+        memory = mmap.mmap(-1, 2 * page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        if libc.mprotect(ctypes.c_void_p(address + page), page, 0) != 0:
+            pytest.skip("no mprotect here")
+        matrix, exact = packed_and_exact((4, 64), bits, 32)
+        host = matrix.views[0].host.reshape(-1)
+        ctypes.memmove(address + page - host.nbytes, host.ctypes.data, host.nbytes)
+        matrix.addresses[0] = address + page - host.nbytes
+        x = activations(1, 64)
+        assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+        libc.mprotect(ctypes.c_void_p(address + page), page, 3)
+
+
+# ---- experts
+
+
+def bank_and_exact(hidden, inner, slots, bits=4, group=32, down_bits=None):
+    made = [
+        packed_and_exact((slots, inner, hidden), bits, group, seed=1),
+        packed_and_exact((slots, inner, hidden), bits, group, seed=2),
+        packed_and_exact((slots, hidden, inner), down_bits or bits, group, seed=3),
+    ]
+    return Expert(*(packed for packed, _ in made)), [exact for _, exact in made]
+
+
+def exact_experts(x, slots, exact):
+    gate, up, down = exact
+    out = np.empty((*slots.shape, x.shape[1]))
+    for t, k in np.ndindex(*slots.shape):
+        s = slots[t, k]
+        g, u = gate[s] @ x[t].astype(np.float64), up[s] @ x[t].astype(np.float64)
+        out[t, k] = down[s] @ (g / (1 + np.exp(-g)) * u)
+    return out
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 40])
+@pytest.mark.parametrize("down_bits", [4, 8])
+def test_experts_equal_float64(tokens, down_bits):
+    bank, exact = bank_and_exact(96, 64, 6, down_bits=down_bits)
+    x = activations(tokens, 96)
+    slots = np.random.default_rng(2).integers(0, 6, size=(tokens, 3)).astype(np.int32)
+    assert relative_error(experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
+
+
+def test_one_token_may_use_a_slot_twice():
+    bank, exact = bank_and_exact(64, 32, 2)
+    x, slots = activations(1, 64), np.array([[1, 1, 0, 1]], np.int32)
+    got = experts(x, slots, bank)
+    assert relative_error(got, exact_experts(x, slots, exact)) < TOLERANCE
+    np.testing.assert_array_equal(got[0, 0], got[0, 3])
+
+
+def test_gate_and_up_may_differ_in_format():
+    gate, exact_gate = packed_and_exact((2, 32, 64), 3, 64, seed=1)
+    up, exact_up = packed_and_exact((2, 32, 64), 6, 32, seed=2)
+    down, exact_down = plain_and_exact((2, 64, 32), mx.bfloat16, seed=3)
+    bank, exact = Expert(gate, up, down), [exact_gate, exact_up, exact_down]
+    for tokens in (1, 3, 30):
+        x = activations(tokens, 64)
+        slots = np.random.default_rng(2).integers(0, 2, size=(tokens, 2)).astype(np.int32)
+        assert relative_error(experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
