@@ -1,0 +1,1 @@
+"""From a directory to tokens: loading, memory budget, the step loop."""

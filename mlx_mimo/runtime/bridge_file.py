@@ -1,0 +1,215 @@
+"""What stands behind the bridge file of a converted directory: mlx-lm's loader builds our model, with residency.
+
+mlx-lm imports the file that config.json names as `model_file`, takes `Model` and `ModelArgs` from it and loads the
+weights as ever. Residency has its say at two points: `sanitize` leaves the experts out, and `load_weights` puts
+the slots where they would have been.
+"""
+
+import atexit
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from ..errors import MimoError, UsageError
+from ..experts.record import expert_files
+from ..experts.residency import attach
+from ..models.config import ModelArgs
+from ..models.mimo_v2_flash import Model
+from .budget import parse_size
+from .load import CACHE_LIMIT_BYTES, TrunkModel, expert_limit, on_cpu
+from .source import Directory, read_config
+
+PREFIX = "MLX_MIMO_"
+
+
+def _memory(text: str) -> str | int:
+    return text if text in ("auto", "all") else parse_size(text)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise UsageError(f"a whole number of at least 1 expected, {text!r} found")
+    return int(text)
+
+
+def _policy(text: str) -> str:
+    if text not in ("lfu", "lru"):
+        raise UsageError(f"lfu or lru expected, {text!r} found")
+    return text
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise UsageError(f"0 or 1 expected, {text!r} found")
+    return text == "1"
+
+
+# field of Settings: (how its text is read, what it does)
+VARIABLES: dict[str, tuple[Callable[[str], object], str]] = {
+    "expert_memory": (_memory, "bytes for experts, such as 24GB; auto (default) or all"),
+    "expert_policy": (_policy, "who leaves: lfu (default) or lru"),
+    "sliding_window": (_count, "keys a query sees in sliding layers, itself included"),
+    "profile": (Path, "file of usage counts: loaded at the start, saved at the end"),
+    "trace": (Path, "file into which the router's choices are recorded"),
+    "lookahead": (_switch, "1 reads the next layer's likely experts ahead"),
+    "threads": (_count, "CPU threads"),
+    "reader_threads": (_count, "reads at a time (default 8)"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says: variable MLX_MIMO_EXPERT_MEMORY is field `expert_memory`, and so on."""
+
+    expert_memory: str | int = "auto"
+    expert_policy: str = "lfu"
+    sliding_window: int | None = None
+    profile: Path | None = None
+    trace: Path | None = None
+    lookahead: bool = False
+    threads: int | None = None
+    reader_threads: int = 8
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
+        """Raises UsageError naming the variable; an empty one counts as unset."""
+        values = {}
+        for field, (read, _) in VARIABLES.items():
+            text = environment.get(PREFIX + field.upper(), "")
+            try:
+                if text:
+                    values[field] = read(text)
+            except UsageError as error:
+                raise UsageError(f"{PREFIX}{field.upper()}: {error}") from None
+        return cls(**values)
+
+
+def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.Module], type]:
+    """(Model, ModelArgs) for mlx-lm's loader, bound to `directory` and to the environment's settings."""
+    settings = settings or Settings.from_environment()
+    directory = Path(directory)
+
+    class BridgedArgs:
+        """Stands for ModelArgs: mlx-lm calls `from_dict` alone."""
+
+        @staticmethod
+        def from_dict(config: dict) -> ModelArgs:
+            window = {} if settings.sliding_window is None else {"window_keys": settings.sliding_window}
+            return ModelArgs.from_dict(config | window)
+
+    class BridgedModel(_BridgedModel):
+        def __init__(self, args: ModelArgs):
+            super().__init__(args, directory, settings)
+
+    if not expert_files(directory):
+        if isinstance(settings.expert_memory, int):
+            raise MimoError(
+                f"{PREFIX}EXPERT_MEMORY: {directory} has stacked experts; run mlx_mimo convert repack on it"
+            )
+        return Model, BridgedArgs
+    return BridgedModel, BridgedArgs
+
+
+class _BridgedModel(TrunkModel):
+    """Our model that takes its experts from the directory's expert files once its other weights are there."""
+
+    def __init__(self, args: ModelArgs, directory: Path, settings: Settings):
+        super().__init__(args)
+        self._directory, self._settings = directory, settings
+        self.residency = None
+        self._streamed: dict[int, nn.Module] = {}
+
+    def load_weights(self, file_or_weights, strict: bool = True) -> nn.Module:
+        super().load_weights(file_or_weights, strict)
+        if self.residency is None:  # later calls bring adapters
+            self._attach()
+        return self
+
+    def make_cache(self) -> list:
+        """mlx-lm's own caches: its commands save them to files and read them before any model is loaded."""
+        args = self.args
+        layers = range(args.num_hidden_layers)
+        return [RotatingKVCache(max_size=args.window) if args.is_sliding(i) else KVCache() for i in layers]
+
+    def _attach(self) -> None:
+        settings = self._settings
+        mx.set_cache_limit(CACHE_LIMIT_BYTES)
+        if settings.threads is not None:
+            from ..cpu import set_threads
+
+            set_threads(settings.threads)
+        if on_cpu():
+            # MLX's CPU backend accumulates in the activations' type, and is slow in 16 bits.
+            self.update(tree_map(_float32, self.parameters()))
+        mx.eval(self.parameters())
+        directory = Directory(self._directory, read_config(self._directory))
+        self.residency = attach(
+            self,
+            self._directory,
+            expert_memory_bytes=expert_limit(directory, self.args, settings.expert_memory),
+            policy=settings.expert_policy,
+            reader_threads=settings.reader_threads,
+            lookahead=settings.lookahead,
+        )
+        self.synchronous = on_cpu() or not self.residency.all_resident
+        if settings.trace is not None:
+            self.residency.trace_to(settings.trace)
+        if settings.profile is not None and settings.profile.exists():
+            self.residency.load_profile(settings.profile)
+        # mlx-lm's commands have no end that we could see.
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        if self._settings.profile is not None:
+            self.residency.save_profile(self._settings.profile)
+        self.residency.close()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Training wants gradients: for its time the experts are mlx-lm's own modules, whole and resident.
+
+        Streamed experts, and the CPU kernels, pass through NumPy, where a gradient would silently become zero.
+        """
+        if self.residency is not None:
+            layers = {layer: self.layers[layer].mlp for layer in self.args.moe_layers}
+            if mode and not self._streamed:
+                self._streamed = {layer: mlp.switch_mlp for layer, mlp in layers.items()}
+                self._differentiable()
+            elif not mode and self._streamed:
+                for layer, mlp in layers.items():
+                    mlp.switch_mlp = self._streamed[layer]
+                self._streamed = {}
+        return super().train(mode)
+
+    def _differentiable(self) -> None:
+        quantization = read_config(self._directory)["quantization"]
+        for layer in self.args.moe_layers:
+            file = expert_files(self._directory)[layer]
+            stacked = Model.sanitize(self, mx.load(str(file.path)))
+            prefix = f"model.layers.{layer}.mlp.switch_mlp."
+            args = self.args
+            module = SwitchGLU(args.hidden_size, args.moe_intermediate_size, args.n_routed_experts)
+            default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
+
+            def as_stored(path: str, module: nn.Module, stacked=stacked, prefix=prefix, default=default) -> bool | dict:
+                if f"{prefix}{path}.scales" not in stacked:
+                    return False
+                return quantization.get(prefix + path, default)
+
+            nn.quantize(module, **default, class_predicate=as_stored)
+            module.load_weights([(name.removeprefix(prefix), value) for name, value in stacked.items()])
+            module.freeze()
+            if on_cpu():
+                module.update(tree_map(_float32, module.parameters()))
+            mx.eval(module.parameters())
+            self.layers[layer].mlp.switch_mlp = module
+
+
+def _float32(x: mx.array) -> mx.array:
+    return x.astype(mx.float32) if x.dtype in (mx.bfloat16, mx.float16) else x

@@ -1,0 +1,205 @@
+"""What a machine has: memory, limits, speeds. This one as the system tells, or another one by its numbers.
+
+MLX is asked only on a Mac, for Metal's limits; everything else comes from the system.
+"""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .budget import GB
+
+GIB = 2**30
+ASSUMED_DISK = 3.0 * GB  # bytes a second, where nothing was measured
+SYSTEM_BYTES = 3 * GIB  # what macOS and a few programs take on a machine that is only imagined
+# Memory bandwidth in GB/s by chip, as Apple gives it; the larger where there are two.
+CHIP_BANDWIDTH = {
+    "M1": 68, "M1 Pro": 200, "M1 Max": 400, "M1 Ultra": 800,
+    "M2": 100, "M2 Pro": 200, "M2 Max": 400, "M2 Ultra": 800,
+    "M3": 100, "M3 Pro": 150, "M3 Max": 400, "M3 Ultra": 819,
+    "M4": 120, "M4 Pro": 273, "M4 Max": 546,
+    "M5": 153, "M5 Pro": 307, "M5 Max": 614,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes, and bytes a second."""
+
+    name: str
+    backend: str  # metal, cuda or cpu
+    memory: int
+    available: int  # free now, at most Metal's working set
+    disk: float
+    disk_from: str  # measured, given, typical or assumed
+    bandwidth: float
+    bandwidth_from: str
+
+    @property
+    def item_bytes(self) -> int:
+        """Of an activation, and of a 16-bit parameter: the CPU runs float32."""
+        return 4 if self.backend == "cpu" else 2
+
+
+def working_set(memory: int) -> int:
+    """Metal's recommended working set, as Macs of that memory report it: two thirds, three quarters above 36 GiB."""
+    return memory * 2 // 3 if memory <= 36 * GIB else memory * 3 // 4
+
+
+def imagined(
+    name: str,
+    memory: int,
+    disk: float | None = None,
+    bandwidth: float | None = None,
+    available: int | None = None,
+    backend: str = "metal",
+    origin: str = "given",
+) -> Machine:
+    """A machine by its numbers; what is left out is assumed."""
+    if available is None:
+        available = max(memory // 2, memory - SYSTEM_BYTES)
+        if backend == "metal":
+            available = min(available, working_set(memory))
+    return Machine(
+        name,
+        backend,
+        memory,
+        available,
+        disk or ASSUMED_DISK,
+        origin if disk else "assumed",
+        bandwidth or (200.0 if backend == "metal" else 30.0) * GB,
+        origin if bandwidth else "assumed",
+    )
+
+
+def _mac(name: str, gib: int, disk: float) -> Machine:
+    chip = " ".join(word for word in name.split() if word in ("Pro", "Max", "Ultra") or word[1:].isdigit())
+    chip = chip.removeprefix("Pro ") if name.startswith("MacBook Pro") else chip
+    return imagined(f"{name} {gib} GB", gib * GIB, disk * GB, CHIP_BANDWIDTH[chip] * GB, origin="typical")
+
+
+# Disk speeds are what users report for large reads on the internal SSD, in GB/s.
+MACS: Sequence[Machine] = (
+    _mac("MacBook Air M2", 16, 2.5),
+    _mac("MacBook Air M3", 24, 2.8),
+    _mac("MacBook Air M4", 32, 2.9),
+    _mac("MacBook Pro M5", 32, 6.0),
+    _mac("MacBook Pro M3 Pro", 36, 5.0),
+    _mac("Mac mini M4 Pro", 48, 6.0),
+    _mac("MacBook Pro M5 Pro", 48, 17.0),
+    _mac("MacBook Pro M1 Max", 64, 5.5),
+    _mac("Mac mini M4 Pro", 64, 6.0),
+    _mac("MacBook Pro M5 Pro", 64, 17.0),
+    _mac("MacBook Pro M2 Max", 96, 6.0),
+    _mac("MacBook Pro M3 Max", 128, 6.5),
+    _mac("MacBook Pro M4 Max", 128, 7.0),
+    _mac("MacBook Pro M5 Max", 128, 17.0),
+    _mac("Mac Studio M2 Ultra", 192, 6.5),
+    _mac("Mac Studio M3 Ultra", 256, 7.0),
+    _mac("Mac Studio M3 Ultra", 512, 7.0),
+)
+
+
+def this_machine(files: Sequence[Path] = ()) -> Machine:
+    """The machine this runs on; its disk is measured for a fraction of a second on `files`, where there are any."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    backend, limits = backend_and_limits()
+    available = memory.available
+    if limits.get("max_recommended_working_set_size"):
+        available = min(available, limits["max_recommended_working_set_size"])
+    disk = read_speed(files) if files else None
+    chip = chip_name()
+    known = CHIP_BANDWIDTH.get(chip.removeprefix("Apple "))
+    return Machine(
+        f"this machine ({chip})",
+        backend,
+        memory.total,
+        available,
+        disk or ASSUMED_DISK,
+        "measured" if disk else "assumed",
+        known * GB if known else copy_speed(),
+        "typical" if known else "measured",
+    )
+
+
+def backend_and_limits() -> tuple[str, dict]:
+    """("metal", MLX's device information) on a Mac; ("cpu", {}) or ("cuda", …) elsewhere."""
+    if platform.system() != "Darwin" and not _cuda_wheel():
+        return "cpu", {}
+    import mlx.core as mx
+
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu", {}
+    return ("metal" if mx.metal.is_available() else "cuda"), mx.device_info()
+
+
+def _cuda_wheel() -> bool:
+    from importlib.metadata import distributions
+
+    return any(d.name and d.name.startswith("mlx-cuda") for d in distributions())
+
+
+def chip_name() -> str:
+    if platform.system() == "Darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "Mac"
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def copy_speed(nbytes: int = 1 << 26) -> float:
+    """Bytes a second that one NumPy copy reads and writes: a lower bound of the memory's bandwidth."""
+    import numpy as np
+
+    source, target = np.ones(nbytes, np.uint8), np.empty(nbytes, np.uint8)
+    target[:] = source  # the first touch of a page costs more than the copy
+    began = time.perf_counter()
+    target[:] = source
+    return 2 * nbytes / (time.perf_counter() - began)
+
+
+def read_speed(files: Sequence[Path], seconds: float = 0.25, piece: int = 1 << 22, threads: int = 4) -> float | None:
+    """Bytes a second of parallel reads from `files`, past the page cache where the system allows it.
+
+    None where there is too little to measure. Stops after `seconds`.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    work = [(file, start) for file in files for start in range(0, max(0, file.stat().st_size - piece + 1), piece)]
+    if not work:
+        return None
+    stride = max(1, len(work) // 1024)  # spread over the files, as experts are
+    began = time.perf_counter()
+    end = began + seconds
+
+    def read(mine: list) -> int:
+        done, buffer = 0, bytearray(piece)
+        for file, start in mine:
+            if time.perf_counter() > end:
+                break
+            done += _read_past_cache(file, start, buffer)
+        return done
+
+    pieces = work[::stride]
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(read, [pieces[i::threads] for i in range(threads)]))
+    return total / (time.perf_counter() - began) if total else None
+
+
+def _read_past_cache(path: Path, start: int, buffer: bytearray) -> int:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if platform.system() == "Darwin":
+            import fcntl
+
+            fcntl.fcntl(handle, 48, 1)  # F_NOCACHE
+        elif hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, start, len(buffer), os.POSIX_FADV_DONTNEED)
+        return os.preadv(handle, [buffer], start)
+    finally:
+        os.close(handle)

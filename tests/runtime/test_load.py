@@ -1,0 +1,247 @@
+"""load and stream_generate: the tokens of mlx-lm's loops, at every budget; clear words for bad directories."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from converted import converted_directory, fp8_directory
+from mlx_lm.generate import BatchGenerator
+
+from mlx_mimo import load, stream_generate
+from mlx_mimo.errors import FormatError, MimoError, UsageError
+
+PROMPT = list(range(65, 105))  # 40 tokens: past the tiny model's window of 16
+
+
+@pytest.fixture(scope="module")
+def resident():
+    return load(converted_directory(), expert_memory="all")
+
+
+def greedy(model, tokenizer, prompt=PROMPT, n=24, **options) -> list[int]:
+    return [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=n, **options)]
+
+
+def test_tokens_equal_mlx_lm_generate_on_the_same_model(resident):
+    model, tokenizer = resident
+    theirs = [r.token for r in mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=24)]
+    assert greedy(model, tokenizer) == theirs
+
+
+def test_the_loaded_model_works_in_mlx_lm_batches(resident):
+    model, tokenizer = resident
+    prompts = [PROMPT, PROMPT[:7]]
+    generator = BatchGenerator(model, max_tokens=12)
+    rows = {uid: [] for uid in generator.insert(prompts)}
+    while responses := generator.next_generated():
+        for response in responses:
+            rows[response.uid].append(response.token)
+    assert list(rows.values()) == [greedy(model, tokenizer, prompt, n=12) for prompt in prompts]
+    assert len(mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=2).texts) == 2
+
+
+@pytest.mark.parametrize("policy", ["lfu", "lru"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.2, 0.01])
+def test_streamed_tokens_equal_resident_ones(resident, share, policy):
+    model, tokenizer = resident
+    counters = model.residency.counters
+    budget = max(1, int(counters.slots * counters.slot_bytes * share))
+    with pytest.warns() if share < 0.25 else nothing():
+        streamed, _ = load(converted_directory(), expert_memory=budget, expert_policy=policy)
+    assert greedy(streamed, tokenizer) == greedy(model, tokenizer)
+    streamed.residency.close()
+
+
+class nothing:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *_):
+        return False
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 17, 2048])
+def test_chunks_do_not_change_the_tokens(resident, chunk):
+    model, tokenizer = resident
+    assert greedy(model, tokenizer, prefill_step_size=chunk) == greedy(model, tokenizer)
+
+
+def test_both_orders_of_the_step_loop_give_the_same_tokens(resident):
+    model, tokenizer = resident
+    assert model.synchronous  # CPU
+    expected = greedy(model, tokenizer)
+    model.synchronous = False
+    try:
+        assert greedy(model, tokenizer) == expected
+    finally:
+        model.synchronous = True
+
+
+def test_a_token_is_handed_out_before_the_next_forward_begins(resident):
+    model, tokenizer = resident
+    calls = []
+
+    class Counting:
+        args, synchronous = model.args, True
+        make_cache, prefill = model.make_cache, model.prefill
+
+        def __call__(self, *args, **keywords):
+            calls.append(1)
+            return model(*args, **keywords)
+
+    steps = stream_generate(Counting(), tokenizer, PROMPT, max_tokens=3)
+    next(steps)
+    assert len(calls) == 1
+    assert len([*steps]) == 2
+    assert len(calls) == 3  # none is wasted at the end
+
+
+def test_the_last_response_says_why_it_ended_and_counts_tokens(resident):
+    model, tokenizer = resident
+    responses = list(stream_generate(model, tokenizer, PROMPT, max_tokens=5))
+    assert [r.finish_reason for r in responses] == [None] * 4 + ["length"]
+    assert [r.generation_tokens for r in responses] == [1, 2, 3, 4, 5]
+    assert responses[-1].prompt_tokens == len(PROMPT)
+
+
+def test_an_end_token_stops_and_is_not_shown(resident):
+    model, tokenizer = resident
+    third = greedy(model, tokenizer, n=3)[2]
+    before = set(tokenizer.eos_token_ids)
+    tokenizer.eos_token_ids = before | {third}
+    try:
+        responses = list(stream_generate(model, tokenizer, PROMPT, max_tokens=9))
+    finally:
+        tokenizer.eos_token_ids = before
+    first = greedy(model, tokenizer, n=3).index(third) + 1
+    assert len(responses) == first
+    assert responses[-1].finish_reason == "stop"
+
+
+def test_both_end_tokens_of_generation_config_stop(resident):
+    _, tokenizer = resident
+    fields = json.loads((fp8_directory() / "generation_config.json").read_text())
+    assert set(fields["eos_token_id"]) <= set(tokenizer.eos_token_ids)
+
+
+def test_logits_processors_see_prompt_and_answer(resident):
+    model, tokenizer = resident
+    seen = []
+
+    def forbid_repeats(tokens, logits):
+        seen.append(tokens.size)
+        logits[:, tokens] = -mx.inf
+        return logits
+
+    tokens = greedy(model, tokenizer, n=6, logits_processors=[forbid_repeats])
+    assert not set(tokens) & set(PROMPT)
+    assert len(set(tokens)) == len(tokens)
+    assert seen == [len(PROMPT) + i for i in range(6)]
+
+
+def test_sliding_window_is_the_number_of_keys_seen():
+    narrow, _ = load(converted_directory(), expert_memory="all", sliding_window=16)
+    assert narrow.args.window == 16
+    wide, _ = load(converted_directory(), expert_memory="all")
+    assert wide.args.window == 17
+    x = mx.array([PROMPT])
+    difference = np.abs(np.array(narrow(x)) - np.array(wide(x))).max(axis=-1)[0]
+    assert difference[:16].max() < 1e-5
+    assert difference[17:].max() > 1e-3
+
+
+def test_stock_mlx_lm_with_its_window_equals_ours():
+    """mlx-lm 0.32 counts the query's own key within sliding_window_size."""
+    directory = converted_directory("bf16")
+    ours, _ = load(directory, expert_memory="all", sliding_window=16)
+    stock, _ = mlx_lm.utils.load_model(directory)
+    stock.set_dtype(mx.float32)
+    x = mx.array([PROMPT])
+    # Ours routes in float32 from float32 weights, as stock does after set_dtype.
+    assert np.abs(np.array(ours(x)) - np.array(stock(x))).max() < 1e-4
+
+
+def test_a_stacked_directory_loads_resident_and_is_refused_a_budget(tmp_path):
+    model, _ = mlx_lm.utils.load_model(converted_directory())
+    config = json.loads((converted_directory() / "config.json").read_text())
+    mlx_lm.utils.save_model(tmp_path, model)
+    for file in converted_directory().glob("*.json"):
+        if "index" not in file.name and file.name != "mlx_mimo.json":
+            shutil.copy(file, tmp_path)
+    config.pop("mlx_mimo", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stacked, tokenizer = load(tmp_path)
+    ours, _ = load(converted_directory(), expert_memory="all")
+    assert greedy(stacked, tokenizer) == greedy(ours, tokenizer)
+    with pytest.raises(FormatError, match="repack"):
+        load(tmp_path, expert_memory="1MB")
+
+
+# Bad input
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A copy of the converted directory to damage."""
+    target = tmp_path / "model"
+    shutil.copytree(converted_directory(), target)
+    return target
+
+
+def test_a_missing_file_is_named(damaged):
+    (damaged / "model-experts-2.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"model-experts-2\.safetensors"):
+        load(damaged)
+
+
+@pytest.mark.parametrize("name", ["model-experts-1.safetensors", "model-trunk-00001.safetensors"])
+def test_a_truncated_file_is_named_with_both_sizes(damaged, name):
+    path = next(damaged.glob(name.replace("00001", "*1")))
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size - 100)
+    with pytest.raises(FormatError, match=rf"{path.name}: {size:,} bytes expected.* {size - 100:,} found"):
+        load(damaged)
+
+
+def test_an_index_naming_an_absent_tensor(damaged):
+    index = damaged / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    file = next(iter(fields["weight_map"].values()))
+    fields["weight_map"]["model.nothing.weight"] = file
+    index.write_text(json.dumps(fields))
+    with pytest.raises(FormatError, match=r"model\.nothing\.weight is missing"):
+        load(damaged)
+
+
+def test_a_directory_without_config(tmp_path):
+    with pytest.raises(FormatError, match=r"config\.json: not found"):
+        load(tmp_path)
+
+
+def test_another_model_is_refused_by_name(damaged):
+    config = json.loads((damaged / "config.json").read_text()) | {"model_type": "llama", "architectures": ["Llama"]}
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"llama.*mimo_v2_flash"):
+        load(damaged)
+
+
+def test_an_fp8_directory_names_the_command_that_converts_it():
+    with pytest.raises(MimoError, match="mlx_mimo convert --hf-path"):
+        load(fp8_directory())
+
+
+def test_a_name_that_is_neither_directory_nor_repo():
+    with pytest.raises(UsageError, match="no such directory"):
+        load("./nowhere")
+
+
+def test_empty_and_too_long_prompts(resident):
+    model, tokenizer = resident
+    with pytest.raises(UsageError, match="empty"):
+        next(stream_generate(model, tokenizer, []))
+    with pytest.raises(UsageError, match="max_position_embeddings"):
+        next(stream_generate(model, tokenizer, [65] * (model.args.max_position_embeddings + 1)))
