@@ -1,0 +1,335 @@
+"""The generation thread: mlx-lm's, made to outlive a failed step, to stop for clients that left, and to refuse
+more work than it can queue.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from queue import Empty, Queue
+
+import jinja2
+import mlx.core as mx
+from mlx_lm.server import (
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    Response,
+    ResponseGenerator,
+    _format_top_logprobs,
+    _make_logits_processors,
+    _make_sampler,
+)
+
+from ..errors import MimoError
+from ..runtime.stream import generate_step, prefill
+from .errors import Disconnected, RequestError
+from .grammar import Grammar
+from .prompt_cache import Checkpoint, Entry, PromptCache
+from .provider import Provider
+
+POLL_SECONDS = 0.05  # how often a waiting request looks whether its client is still there
+RETRY_SECONDS = 5
+
+
+@dataclass
+class Arguments(GenerationArguments):
+    """mlx-lm's arguments, and what ours adds. `max_tokens` of 0 is what the context leaves, the default at most."""
+
+    grammar: Grammar | None = None
+
+
+class Reply(Queue):
+    """What the generation thread answers one request with. Once cancelled it makes that thread stop."""
+
+    def __init__(self):
+        super().__init__()
+        self.cancelled = False
+        self.raises = False  # may the thread's own loop see an exception from `put`?
+        self.context: GenerationContext | None = None
+
+    def put(self, item, *args) -> None:
+        if isinstance(item, GenerationContext):
+            self.context = item
+        if self.cancelled:
+            self._stop_context()
+            if self.raises and isinstance(item, tuple):
+                raise Disconnected
+        super().put(item, *args)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self._stop_context()
+
+    def _stop_context(self) -> None:
+        if self.context is not None:
+            self.context.stop()
+
+
+class Worker(ResponseGenerator):
+    """mlx-lm's generation thread. `max_queue` requests may wait; `max_prompt_tokens` is the longest prompt."""
+
+    def __init__(self, provider: Provider, prompt_cache: PromptCache, max_queue: int, max_prompt_tokens: int | None):
+        self.max_queue = max_queue
+        self.max_prompt_tokens = max_prompt_tokens
+        self.load_error: Exception | None = None
+        self.draining = False
+        self._replies: set[Reply] = set()
+        self._lock = threading.Lock()
+        super().__init__(provider, prompt_cache)
+
+    # For other threads
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.model_provider.ready and self.generation_available() and not self.draining
+
+    @property
+    def outstanding(self) -> int:
+        return len(self._replies)
+
+    @property
+    def queued(self) -> int:
+        return self.requests.qsize()
+
+    @property
+    def capacity(self) -> int:
+        """Requests that run at a time."""
+        return self.cli_args.decode_concurrency if self.model_provider.is_batchable else 1
+
+    def cancel_all(self) -> None:
+        with self._lock:
+            for reply in self._replies:
+                reply.cancel()
+
+    def generate(
+        self,
+        request: CompletionRequest,
+        generation_args: Arguments,
+        progress_callback: Callable[[int, int], None] | None = None,
+        connected: Callable[[], bool] = lambda: True,
+    ) -> tuple[GenerationContext, Iterator[Response]]:
+        """As mlx-lm's; raises RequestError when the server is loading, leaving or full, and Disconnected."""
+        if not self.is_healthy:
+            state = "shutting down" if self.draining else "loading the model"
+            if self._generation_failed:
+                state = "broken"
+            raise RequestError(503, f"the server is {state}", retry_after_seconds=RETRY_SECONDS)
+        reply = Reply()
+        with self._lock:
+            if len(self._replies) >= self.capacity + self.max_queue:
+                raise RequestError(
+                    503, f"{len(self._replies)} requests are waiting already", retry_after_seconds=RETRY_SECONDS
+                )
+            self._replies.add(reply)
+        self.requests.put((reply, request, generation_args))
+        try:
+            context = self._await(reply, connected)
+            if isinstance(context, BaseException):
+                raise context
+        except BaseException:
+            self._done(reply)
+            raise
+
+        def responses() -> Iterator[Response]:
+            try:
+                while (item := self._await(reply, connected)) is not None:
+                    if isinstance(item, BaseException):
+                        raise item
+                    if isinstance(item, tuple):
+                        if progress_callback is not None:
+                            progress_callback(*item)
+                    else:
+                        yield item
+                if reply.cancelled:
+                    raise RequestError(503, "the server is shutting down", retry_after_seconds=RETRY_SECONDS)
+            finally:
+                self._done(reply)
+
+        return context, responses()
+
+    def _done(self, reply: Reply) -> None:
+        reply.cancel()
+        with self._lock:
+            self._replies.discard(reply)
+
+    def _await(self, reply: Reply, connected: Callable[[], bool]):
+        while True:
+            if not connected():
+                raise Disconnected
+            try:
+                return reply.get(timeout=POLL_SECONDS)
+            except Empty:
+                if reply.cancelled:
+                    raise RequestError(503, "the server is shutting down", retry_after_seconds=RETRY_SECONDS) from None
+                if not self.generation_available():
+                    raise RequestError(503, "the server is shutting down") from None
+
+    # The generation thread
+
+    def _run_generate(self) -> None:
+        while not self._stop:
+            try:
+                self._generate()
+            except Exception as error:
+                if not self.model_provider.ready:
+                    self.load_error = error
+                    self._generation_failed = True
+                    return
+                logging.exception("a step failed")
+                self._fail_running(error)
+                self.prompt_cache.clear()
+                mx.clear_cache()
+
+    def _fail_running(self, error: Exception) -> None:
+        """Tells every request that the thread has taken; those in the queue are still to come."""
+        waiting = {id(item[0]) for item in list(self.requests.queue)}
+        with self._lock:
+            running = [reply for reply in self._replies if id(reply) not in waiting]
+        for reply in running:
+            reply.put(error)
+
+    def _log_cache_stats(self) -> None:
+        pass  # /metrics has them
+
+    def _next_request(self, timeout: float | None = None):
+        request = super()._next_request(timeout)
+        return None if request is not None and request[0].cancelled else request
+
+    def _is_batchable(self, args: Arguments) -> bool:
+        return super()._is_batchable(args) and args.grammar is None
+
+    def _tokenize(self, tokenizer, request: CompletionRequest, args: Arguments):
+        """mlx-lm's (prompt, segments, their types, first state, vision), its length checked."""
+        if request.request_type == "text" and not isinstance(request.prompt, str):
+            found = request.prompt, [request.prompt], ["assistant"], "normal", None
+        else:
+            try:
+                found = super()._tokenize(tokenizer, request, args)
+            except jinja2.TemplateError as error:
+                message = f"messages: the model's chat template refuses them: {error}"
+                raise RequestError(400, message, param="messages") from error
+        self._check_length(len(found[0]), args)
+        return found
+
+    def _check_length(self, prompt_tokens: int, args: Arguments) -> None:
+        context = self.model_provider.model.args.max_position_embeddings
+        most = min(context - 1, self.max_prompt_tokens or context)
+        if prompt_tokens == 0 or prompt_tokens > most:
+            message = f"the prompt has {prompt_tokens:,} tokens; 1 to {most:,} expected"
+            raise RequestError(400, message, param="messages", code="context_length_exceeded")
+        room = context - prompt_tokens
+        if args.max_tokens > room:
+            message = f"max_tokens: {room:,} at most after {prompt_tokens:,} tokens of prompt"
+            raise RequestError(400, message, param="max_tokens", code="context_length_exceeded")
+        args.max_tokens = args.max_tokens or min(self.cli_args.max_tokens, room)
+
+    def _serve_single(self, request, stream) -> None:
+        reply, request, args = request
+        reply.raises = True
+        try:
+            self._answer(reply, request, args)
+        except Disconnected:
+            mx.clear_cache()
+        except (RequestError, MimoError) as error:
+            reply.put(error)
+        except Exception as error:
+            logging.exception("a request failed")
+            reply.put(error)
+
+    def _answer(self, reply: Reply, request: CompletionRequest, args: Arguments) -> None:
+        """One sequence through our step loop, which hands out a token as soon as it is known."""
+        model, tokenizer = self.model_provider.model, self.model_provider.tokenizer
+        prompt, segments, _, initial_state, _ = self._tokenize(tokenizer, request, args)
+        _, text_machine = self._make_state_machine(self.model_provider.model_key, tokenizer, [])
+        entry = self.prompt_cache.take(prompt) or Entry([], model.make_cache())
+        reused = len(entry.tokens)
+        reply.put(
+            GenerationContext(
+                has_tool_calling=tokenizer.has_tool_calling,
+                has_thinking=tokenizer.has_thinking,
+                tool_parser=tokenizer.tool_parser,
+                text_sm=text_machine,
+                initial_state=initial_state,
+                prompt=prompt,
+                prompt_cache_count=reused,
+            )
+        )
+        try:
+            self._prefill(reply, entry, prompt, list(accumulate(map(len, segments))))
+            self._decode(reply, entry, prompt, args)
+        except Disconnected:
+            self._keep(entry, entry.tokens)
+            raise
+
+    def _prefill(self, reply: Reply, entry: Entry, prompt: list[int], boundaries: list[int]) -> None:
+        """Computes all of the prompt but its last token, with a checkpoint at each boundary on the way."""
+        model, reused, last = self.model_provider.model, len(entry.tokens), len(prompt) - 1
+        for boundary in sorted({b for b in boundaries if reused < b < last} | {last}):
+            done = len(entry.tokens)
+
+            def progress(computed: int, total: int, done: int = done) -> None:
+                entry.tokens = prompt[: done + computed]
+                reply.put((done + computed, len(prompt)))
+
+            if boundary > done:
+                piece = mx.array(prompt[done : boundary + 1])
+                prefill(model, piece, entry.caches, self.cli_args.prefill_step_size, progress)
+            entry.tokens = prompt[:boundary]
+            point = Checkpoint.of(entry.caches) if boundary else None
+            if point is not None and all(old.length != boundary for old in entry.checkpoints):
+                entry.checkpoints.append(point)
+
+    def _decode(self, reply: Reply, entry: Entry, prompt: list[int], args: Arguments) -> None:
+        model, tokenizer = self.model_provider.model, self.model_provider.tokenizer
+        if args.seed is not None:
+            mx.random.seed(args.seed)
+        processors = _make_logits_processors(args)
+        if args.grammar is not None:
+            processors.append(args.grammar.processor(tokenizer, model.args.vocab_size))
+        detokenizer = tokenizer.detokenizer
+        tokens = list(prompt)
+        steps = generate_step(
+            mx.array(prompt[-1:]),
+            model,
+            max_tokens=args.max_tokens,
+            sampler=_make_sampler(args, tokenizer),
+            logits_processors=processors,
+            prompt_cache=entry.caches,
+        )
+        for count, (token, logprobs) in enumerate(steps, 1):
+            tokens.append(token)
+            ended = token in tokenizer.eos_token_ids
+            if not ended:
+                detokenizer.add_token(token)
+            reason = "stop" if ended else "length" if count == args.max_tokens else None
+            if reason:
+                detokenizer.finalize()
+            top = _format_top_logprobs(logprobs, args.top_logprobs, tokenizer)
+            reply.put(Response(detokenizer.last_segment, token, logprobs[token].item(), reason, top))
+            if reason or reply.context._should_stop:
+                break
+        steps.close()
+        reply.put(None)
+        # Where layers do not synchronise, one token more than was handed out may have been computed.
+        self._keep(entry, tokens)
+
+    def _keep(self, entry: Entry, tokens: list[int]) -> None:
+        """Puts the caches back, with the tokens that they hold."""
+        offsets = {cache.offset for cache in entry.caches}
+        computed = offsets.pop()
+        if offsets or not 0 < computed <= len(tokens):
+            return  # stopped amid a forward pass, or a token ahead: not what any prompt begins with for certain
+        entry.tokens = list(tokens[:computed])
+        self.prompt_cache.give(entry)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.02)
+    return True

@@ -1,0 +1,64 @@
+"""Servers in this process on a tiny converted checkpoint with random weights."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import openai
+import pytest
+from checkpoints import tiny_config, write_checkpoint
+from serving import running_server
+
+from mlx_mimo.convert import convert_checkpoint
+from mlx_mimo.server import worker as worker_module
+from mlx_mimo.server.running import Running
+
+TEMPLATE = Path(__file__).parents[2] / "examples" / "demo_model" / "chat_template.jinja"
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory) -> Path:
+    """Converted, with the chat template that knows tools and thinking."""
+    root = tmp_path_factory.mktemp("served")
+    write_checkpoint(root / "hf", tiny_config(), mtp=False)
+    directory = convert_checkpoint(root / "hf", root / "tiny", progress=False)
+    shutil.copy(TEMPLATE, directory / "chat_template.jinja")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def server(model_directory) -> Iterator[Running]:
+    """Experts streamed: one request at a time."""
+    with running_server(model_directory) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@dataclass
+class Script:
+    """What the model says next, whatever it thinks: `say` sets it for the generations that follow."""
+
+    server: Running
+    monkeypatch: pytest.MonkeyPatch
+
+    def say(self, text: str, end: bool = True) -> None:
+        tokenizer = self.server.worker.model_provider.tokenizer
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        tokens += [tokenizer.convert_tokens_to_ids("<|im_end|>")] if end else []
+
+        def make_sampler(*_) -> Callable[[mx.array], mx.array]:
+            steps = iter(tokens)
+            return lambda logprobs: mx.array([next(steps)])
+
+        self.monkeypatch.setattr(worker_module, "_make_sampler", make_sampler)
+
+
+@pytest.fixture
+def script(server, monkeypatch) -> Script:
+    return Script(server, monkeypatch)

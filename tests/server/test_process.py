@@ -1,0 +1,100 @@
+"""The command as a process: how it starts, and how it ends."""
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import openai
+import pytest
+
+FLAGS = ("--port", "0", "--expert-memory", "120KB", "--log-level", "WARNING")
+
+
+class Process:
+    """`python -m mlx_mimo.server`, and what it says."""
+
+    def __init__(self, *flags: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_mimo.server", *map(str, flags)], stderr=subprocess.PIPE, text=True
+        )
+        self.lines: queue.Queue[str] = queue.Queue()
+        self.said = ""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            self.lines.put(line)
+        self.lines.put("")
+
+    def wait_for(self, pattern: str) -> re.Match:
+        while (match := re.search(pattern, self.said)) is None:
+            line = self.lines.get(timeout=90)
+            assert line, f"ended, having said: {self.said}"
+            self.said += line
+        return match
+
+    def end(self) -> int:
+        return self.process.wait(timeout=60)
+
+
+@pytest.fixture
+def start():
+    processes = []
+
+    def begin(*flags: str) -> Process:
+        processes.append(Process(*flags))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        if process.process.poll() is None:
+            process.process.kill()
+            process.process.wait()
+
+
+def endless(process: Process):
+    """A stream that lasts far longer than a test, begun."""
+    url = process.wait_for(r"ready: (\S+)")[1]
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    messages = [{"role": "user", "content": "hi"}]
+    bias = {"256": -100, "258": -100}
+    stream = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=3500, stream=True, logit_bias=bias
+    )
+    next(iter(stream))
+    return stream
+
+
+def test_sigterm_lets_an_answer_finish_within_the_deadline_and_exits_0(start, model_directory):
+    process = start("--model", model_directory, *FLAGS, "--shutdown-seconds", "1")
+    stream = endless(process)
+    began = time.monotonic()
+    process.process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError):
+        list(stream)
+    assert process.end() == 0
+    assert 1 <= time.monotonic() - began < 15
+
+
+def test_a_second_sigterm_does_not_wait(start, model_directory):
+    process = start("--model", model_directory, *FLAGS, "--shutdown-seconds", "300")
+    endless(process)
+    process.process.send_signal(signal.SIGTERM)
+    process.wait_for("finishing what runs")
+    process.process.send_signal(signal.SIGTERM)
+    assert process.end() == 0
+
+
+def test_a_model_that_cannot_be_loaded_ends_it_with_one_line(start, model_directory, tmp_path):
+    for file in model_directory.iterdir():
+        if file.name != "model-experts-2.safetensors":
+            os.symlink(file, tmp_path / file.name)
+    process = start("--model", tmp_path, *FLAGS)
+    assert process.end() == 1
+    process.wait_for(r"error: .*model-experts-2\.safetensors")
+    assert "Traceback" not in process.said

@@ -1,0 +1,261 @@
+"""What the server turns away, and that every refusal is JSON in OpenAI's form and leaves the worker alive."""
+
+import concurrent.futures
+import json
+import socket
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+from serving import running_server
+
+from mlx_mimo.errors import UsageError
+from mlx_mimo.server.__main__ import build_parser, complete
+from mlx_mimo.server.access import Access
+from mlx_mimo.server.errors import RequestError
+
+GOOD = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+CHAT = "/v1/chat/completions"
+
+
+def raw(server, data: bytes, close_write: bool = True, timeout: float = 20) -> tuple[int, dict]:
+    """Sends bytes as they are; the status and the JSON body that come back."""
+    parts = urlsplit(server.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=timeout) as connection:
+        connection.sendall(data)
+        if close_write:
+            connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+def post(server, body, path: str = CHAT, **headers) -> requests.Response:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return requests.post(server.url + path, data=data, headers=headers, timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def worker_lives(server):
+    yield
+    assert server.worker.is_healthy
+    assert requests.get(f"{server.url}/health", timeout=20).json() == {"status": "ok"}
+
+
+def refused(response: requests.Response, status: int) -> dict:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+FIELDS = {
+    "temperature": [-1, 3, "hot", True, 1e400],
+    "top_p": [-0.1, 1.1, [], {}],
+    "top_k": [-1, 1.5, 10**30],
+    "min_p": [2],
+    "max_tokens": [0, -1, 10**12, 1.5, "5"],
+    "max_completion_tokens": [0],
+    "n": [0, 2, 10**9],
+    "stream": ["yes", 1],
+    "stream_options": [{"include_usage": True}, 3],  # without stream
+    "stop": [5, [5], [""], ["x"] * 17],
+    "seed": [-1, 1.5, 10**40],
+    "logprobs": [3],
+    "top_logprobs": [21, 5],  # 5: without logprobs
+    "logit_bias": [{"a": 1}, {"5": 1000}, {"100000": 1}, [1]],
+    "presence_penalty": [9],
+    "frequency_penalty": ["x"],
+    "repetition_penalty": [-1],
+    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
+    "parallel_tool_calls": [False],
+    "tools": ["x", [5], [{"type": "web_search"}]],
+    "response_format": ["json", {"type": "json_schema"}, {"type": "xml"}],
+    "chat_template_kwargs": [[], {"enable_thinking": "yes"}, {"tokenize": False}, {"x": {}}],
+    "store": [True],
+    "modalities": [["audio"]],
+    "messages": [[], "hi", [5], [{"role": "robot", "content": "x"}], [{"role": "user"}]],
+    "functions": [[]],
+    "prediction": [{}],
+    "draft_model": ["x"],
+    "adapters": ["/etc"],
+    "role_mapping": [{}],
+    "chat_template": ["{{ 1 }}"],
+    "made_up": [1],
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_that_cannot_be_honoured_is_named(server, name):
+    for value in FIELDS[name]:
+        error = refused(post(server, GOOD | {name: value}), 400)
+        assert error["param"].startswith(name)
+        assert name in error["message"]
+
+
+def test_messages_must_be_text(server):
+    image = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}]
+    error = refused(post(server, {"messages": [{"role": "user", "content": image}]}), 400)
+    assert error["param"] == "messages[0].content[0]"
+    half = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    assert refused(post(server, half), 400)["param"] == "messages[0].content"
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "mlx-community/other", "../tiny", "default_model", ""])
+def test_no_other_model_is_loaded(server, name, monkeypatch):
+    monkeypatch.setattr("mlx_mimo.server.provider.load", lambda *_, **__: pytest.fail("loads"))
+    error = refused(post(server, GOOD | {"model": name}), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+def test_a_template_variable_cannot_replace_the_template(server):
+    error = refused(post(server, GOOD | {"chat_template_kwargs": {"chat_template": "{{ 7 * 7 }}"}}), 400)
+    assert error["param"] == "chat_template_kwargs.chat_template"
+
+
+def test_the_models_own_template_runs_in_a_sandbox(server, monkeypatch):
+    tokenizer = server.worker.model_provider.tokenizer._tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    error = refused(post(server, GOOD), 400)
+    assert "unsafe" in error["message"]
+
+
+def test_a_prompt_longer_than_the_context_is_refused(server):
+    long = [{"role": "user", "content": "x" * 5000}]
+    assert refused(post(server, {"messages": long}), 400)["code"] == "context_length_exceeded"
+    assert refused(post(server, GOOD | {"max_tokens": 4096}), 400)["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'{"messages": NaN}', b"\xff\xfe", b'{"a":' * 100_000, b'"\xed\xa0\x80"']
+)
+def test_a_body_that_is_no_json_object(server, body):
+    refused(post(server, body), 400)
+
+
+def test_bodies_are_limited(server, monkeypatch):
+    monkeypatch.setattr(server.handler, "most_body_bytes", 1000)
+    refused(post(server, GOOD | {"user": "x" * 2000}), 413)
+
+
+@pytest.mark.parametrize("length", [b"-1", b"x", b"1e3", b"99999999999999999999999", "²".encode()])
+def test_a_length_that_is_none(server, length):
+    status, body = raw(
+        server, b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %s\r\n\r\n" % (CHAT.encode(), length)
+    )
+    assert status in (400, 413)
+    assert body["error"]["message"]
+
+
+def test_the_length_must_be_given_and_true(server):
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()
+    assert raw(server, head + b"\r\n")[0] == 411
+    assert raw(server, head + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")[0] == 411
+    assert raw(server, head + b"Content-Length: 50\r\n\r\n{}")[0] == 400
+
+
+def test_a_slow_sender_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(server.handler, "body_seconds", 0.3)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n".encode()
+    status, body = raw(server, head + b'{"mess', close_write=False)
+    assert (status, body["error"]["type"]) == (408, "invalid_request_error")
+
+
+def test_broken_and_endless_heads(server):
+    assert raw(server, b"nonsense\r\n\r\n")[0] == 400
+    assert raw(server, b"BREW /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 501
+    assert raw(server, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70_000 + b"\r\n\r\n")[0] == 431
+    many = b"".join(b"X-%d: y\r\n" % i for i in range(200))
+    assert raw(server, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n" + many + b"\r\n")[0] == 431
+
+
+def test_unknown_paths(server):
+    assert refused(requests.get(f"{server.url}/etc/passwd", timeout=20), 404)
+    assert refused(post(server, GOOD, "/v1/embeddings"), 404)
+    assert refused(requests.get(f"{server.url}{CHAT}", timeout=20), 404)
+
+
+# Who may ask
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8080", "192.168.0.7", "[::1"])
+def test_another_name_for_this_machine_is_refused(server, host):
+    response = requests.get(f"{server.url}/v1/models", headers={"Host": host}, timeout=20)
+    assert response.status_code in (400, 403)
+    assert response.json()["error"]["message"].startswith("Host")
+
+
+def test_pages_of_other_sites_are_refused_and_get_no_cors_header(server):
+    for origin in ("https://evil.example", "null", "http://localhost.evil.example"):
+        response = post(server, GOOD, Origin=origin)
+        refused(response, 403)
+        assert "Access-Control-Allow-Origin" not in response.headers
+        assert requests.options(server.url + CHAT, headers={"Origin": origin}, timeout=20).status_code == 403
+    assert "Access-Control-Allow-Origin" not in post(server, GOOD).headers
+
+
+def test_an_allowed_page_is_named_back():
+    access = Access("127.0.0.1", allowed_origins=frozenset({"https://mine.example"}))
+    access.check_origin("https://mine.example", "localhost:8080")
+    access.check_origin("http://localhost:8080", "localhost:8080")
+    with pytest.raises(RequestError):
+        access.check_origin("http://localhost:9090", "localhost:8080")
+
+
+def test_a_wildcard_origin_cannot_be_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--allowed-origins", "*"])
+    assert "name them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org"])
+def test_other_hosts_want_a_key(host, monkeypatch):
+    monkeypatch.delenv("MLX_MIMO_API_KEY", raising=False)
+    with pytest.raises(UsageError, match="--api-key"):
+        complete(build_parser().parse_args(["--host", host]))
+    complete(build_parser().parse_args(["--host", host, "--api-key", "k"]))
+
+
+def test_the_key_is_asked_for_everywhere_but_on_health(server, monkeypatch):
+    import dataclasses
+
+    access = dataclasses.replace(server.site.access, api_key="sésame")
+    monkeypatch.setattr(server, "site", dataclasses.replace(server.site, access=access))
+    refused(post(server, GOOD), 401)
+    refused(post(server, GOOD, Authorization="Bearer wrong"), 401)
+    refused(requests.get(f"{server.url}/metrics", timeout=20), 401)
+    refused(requests.get(f"{server.url}/v1/models", timeout=20), 401)
+    assert requests.get(f"{server.url}/health", timeout=20).status_code == 200
+    key = "sésame".encode()
+    assert post(server, GOOD, Authorization=b"Bearer " + key).status_code == 401  # read as Latin-1: keys are ASCII
+    access = dataclasses.replace(access, api_key="sesame")
+    monkeypatch.setattr(server, "site", dataclasses.replace(server.site, access=access))
+    assert post(server, GOOD, Authorization="Bearer sesame").status_code == 200
+    assert post(server, GOOD, **{"x-api-key": "sesame"}).status_code == 200
+
+
+def test_the_key_is_compared_in_constant_time(monkeypatch):
+    compared = []
+    monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    Access("0.0.0.0", "key").check_key({"x-api-key": "key"})
+    assert compared == [(b"key", b"key")]
+
+
+def test_two_hundred_connections(server):
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        bad = GOOD | {"temperature": -1}
+        codes = list(pool.map(lambda _: post(server, bad).status_code, range(200)))
+    assert codes == [400] * 200
+
+
+@pytest.mark.slow
+def test_a_queue_that_is_full_says_when_to_come_back(model_directory):
+    with running_server(model_directory, "--max-queue", "1") as server:
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(lambda _: post(server, GOOD | {"max_tokens": 30}), range(20)))
+        codes = sorted(answer.status_code for answer in answers)
+        assert set(codes) == {200, 503}
+        assert all(answer.headers["Retry-After"] == "5" for answer in answers if answer.status_code == 503)
+        assert post(server, GOOD).status_code == 200

@@ -1,0 +1,141 @@
+"""The generation thread: failures, clients that leave, the queue, batches."""
+
+import concurrent.futures
+import json
+import socket
+import time
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+import requests
+from serving import running_server
+
+from mlx_mimo.server.worker import wait_until
+
+BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
+CHAT = "/v1/chat/completions"
+
+
+def post(server, **options) -> requests.Response:
+    return requests.post(server.url + CHAT, json=BODY | options, timeout=60)
+
+
+def leave(server, **options) -> None:
+    """Begins a request and hangs up once it runs."""
+    parts = urlsplit(server.url)
+    body = json.dumps(BODY | options).encode()
+    before = server.site.metrics.tokens._value.get()
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        assert wait_until(lambda: server.site.metrics.tokens._value.get() > before, 30)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_stops_its_generation(server, stream):
+    leave(server, max_tokens=3000, stream=stream, logit_bias={"258": -100, "256": -100})
+    assert wait_until(lambda: server.worker.outstanding == 0, 5)
+    after = server.site.metrics.tokens._value.get()
+    assert post(server).json()["usage"]["completion_tokens"] == 4
+    assert server.site.metrics.tokens._value.get() == after + 4, "it went on for nobody"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failed_step_fails_its_request_alone(server, monkeypatch, stream):
+    model = server.worker.model_provider.model
+    layer = model.layers[-1].mlp
+    experts = layer.switch_mlp
+
+    def broken(*_):
+        raise RuntimeError("a read failed")
+
+    good = post(server).json()["choices"][0]["message"]["content"]
+    layer.switch_mlp = broken
+    try:
+        answer = post(server, stream=stream)
+    finally:
+        layer.switch_mlp = experts
+    if stream:
+        assert "a read failed" in answer.text
+    else:
+        assert answer.status_code == 500
+        assert answer.json()["error"]["type"] == "server_error"
+    assert post(server).json()["choices"][0]["message"]["content"] == good
+    assert server.worker.is_healthy
+
+
+def test_metrics_count_what_happened(server):
+    def values() -> dict[str, float]:
+        text = requests.get(f"{server.url}/metrics", timeout=20).text
+        return {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
+
+    before = values()
+    post(server)
+    after = values()
+    assert after["mlx_mimo_generated_tokens_total"] == before["mlx_mimo_generated_tokens_total"] + 4
+    assert after["mlx_mimo_first_token_seconds_count"] == before["mlx_mimo_first_token_seconds_count"] + 1
+    assert after["mlx_mimo_token_seconds_count"] == before["mlx_mimo_token_seconds_count"] + 3
+    assert after["mlx_mimo_expert_hits_total"] + after["mlx_mimo_expert_misses_total"] > (
+        before["mlx_mimo_expert_hits_total"] + before["mlx_mimo_expert_misses_total"]
+    )
+    assert after["mlx_mimo_kv_bytes"] > 0
+    assert after["mlx_mimo_expert_slots"] == server.worker.model_provider.residency.counters.slots
+
+
+def test_health_is_503_while_the_model_loads(model_directory, monkeypatch):
+    from mlx_mimo.server import provider
+
+    def slowly(*args, **options):
+        time.sleep(1)
+        return load(*args, **options)
+
+    load = provider.load
+    monkeypatch.setattr(provider, "load", slowly)
+    with running_server(model_directory, wait=False) as server:
+        assert requests.get(f"{server.url}/health", timeout=20).status_code == 503
+        refused = post(server)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+        assert wait_until(lambda: requests.get(f"{server.url}/health", timeout=20).status_code == 200, 30)
+        assert post(server).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def resident(model_directory):
+    with running_server(model_directory, "--expert-memory", "all") as server:
+        yield server
+
+
+def test_resident_experts_are_batched_and_answers_are_those_of_one_alone(resident, server):
+    assert resident.worker.model_provider.is_batchable
+    assert not server.worker.model_provider.is_batchable
+    questions = ["one", "two and more", "three"]
+
+    def ask(question: str) -> str:
+        client = openai.OpenAI(base_url=f"{resident.url}/v1", api_key="none", max_retries=0)
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": question}], max_tokens=6, temperature=0
+        )
+        assert answer.usage.completion_tokens == 6
+        return answer.choices[0].message.content
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(ask, questions))
+    assert len(set(together)) > 1
+    assert [ask(question) for question in questions] == together
+
+
+def test_a_failed_step_of_a_batch_leaves_the_server_running(resident):
+    layer = resident.worker.model_provider.model.layers[-1].mlp
+    experts = layer.switch_mlp
+
+    def broken(*_):
+        raise RuntimeError("a step failed")
+
+    layer.switch_mlp = broken
+    try:
+        assert post(resident).status_code == 500
+    finally:
+        layer.switch_mlp = experts
+    assert post(resident).status_code == 200
+    assert resident.worker.is_healthy
