@@ -1,0 +1,251 @@
+"""Trains the demo model: fixed steps, resumable, the same on every machine up to rounding.
+
+    python examples/demo_model/train.py --out build/demo
+
+AdamW; the learning rate is constant and then falls linearly to zero. The routers' selection biases move by the sign of
+the load error (no auxiliary loss) and rest at the end. The MTP layers learn during the last part, from detached hidden
+states, so they cost the main model nothing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import dialogue
+import network
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+STEPS = 3800
+WARMUP = 100
+DECAY_FROM = 0.55
+MTP_FROM = 0.7
+BIAS_UNTIL = 0.9
+RATE, MTP_RATE = 2e-3, 2e-3
+BIAS_STEP = 1e-3
+POOL = 512  # dialogues drawn, sorted by length and cut into batches at once
+BATCH_TOKENS = 2048  # of each worker
+WORKERS = 2
+SAVE_SECONDS = 120
+
+
+def encode(tokenizer: Tokenizer, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+    """ids and, for each, 1 where it is to be learnt."""
+    ids, learn = [], []
+    for text, trained in pieces:
+        new = tokenizer.encode(text, add_special_tokens=False).ids
+        ids += new
+        learn += [int(trained)] * len(new)
+    return ids, learn
+
+
+def pool(tokenizer: Tokenizer, number: int, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of one pool: (B, L) ids and mask, of like lengths, in random order."""
+    rng = Random(f"pool {number} of worker {rank}")
+    rows = sorted((encode(tokenizer, dialogue.draw_dialogue(rng)) for _ in range(POOL)), key=lambda r: -len(r[0]))
+    out = []
+    while rows:
+        # Few shapes: lengths are multiples of 32, and a length has always as many rows (the last ones may be empty).
+        longest = -(-len(rows[0][0]) // 32) * 32
+        count = max(1, BATCH_TOKENS // longest)
+        ids = torch.full((count, longest), network.END_OF_TEXT)
+        learn = torch.zeros(count, longest)
+        for i, (row, mask) in enumerate(rows[:count]):
+            ids[i, : len(row)] = torch.tensor(row)
+            learn[i, : len(row)] = torch.tensor(mask)
+        out.append((ids, learn))
+        rows = rows[count:]
+    rng.shuffle(out)
+    return out
+
+
+def head_loss(net, hidden, ids, learn, ahead: int, frozen: bool = False):
+    """Mean cross-entropy of the learnt tokens `ahead` places after each position, and how many are right."""
+    wanted = learn[:, ahead:] > 0
+    weight = net.main.lm_head.weight
+    logits = F.linear(hidden[:, :-ahead][wanted], weight.detach() if frozen else weight).float()
+    target = ids[:, ahead:][wanted]
+    return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
+
+
+def balance(net) -> None:
+    """Counts the load of each expert through hooks; `settle` then moves the biases."""
+    for gate in net.routers():
+
+        def hook(module, _, output):
+            module.load = output[2].flatten().bincount(minlength=module.num_experts).float()
+
+        gate.register_forward_hook(hook)
+
+
+@torch.no_grad()
+def settle(net) -> float:
+    """Moves every bias one step towards an even load; returns the largest load over the mean one."""
+    worst = 0.0
+    for gate in net.routers():
+        if dist.is_initialized():
+            dist.all_reduce(gate.load)
+        error = gate.load.mean() - gate.load
+        gate.e_score_correction_bias += BIAS_STEP * error.sign()
+        worst = max(worst, (gate.load.max() / gate.load.mean()).item())
+    return worst
+
+
+def rate(step: int, steps: int, start: float = 0.0) -> float:
+    first = start * steps
+    rise = min(1.0, (step - first + 1) / WARMUP)
+    fall = min(1.0, (steps - step) / (steps * (1 - DECAY_FROM)))
+    return max(0.0, rise * fall)
+
+
+def groups(net) -> list[dict]:
+    """Main and MTP parameters; only matrices decay."""
+    out = []
+    for module, first in ((net.main, 0.0), (net.mtp, MTP_FROM)):
+        for matrices in (True, False):
+            params = [p for p in module.parameters() if (p.dim() > 1) == matrices]
+            peak = MTP_RATE if first else RATE
+            out.append({"params": params, "peak": peak, "first": first, "weight_decay": 0.1 if matrices else 0.0})
+    return out
+
+
+@torch.no_grad()
+def share_gradients(params: list) -> None:
+    """The mean over the workers, as one message."""
+    grads = [p.grad for p in params]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+        grad.copy_(part.view_as(grad))
+
+
+def machine() -> str:
+    """For the card: what this runs on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} {platform.machine()} cores"
+
+
+def keep_memory() -> None:
+    """Starts this command anew with a glibc that keeps freed memory: page faults else take up to half of the time."""
+    if sys.platform.startswith("linux") and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        os.environ["MALLOC_ARENA_MAX"] = "1"
+        os.environ["MALLOC_MMAP_MAX_"] = "0"
+        os.environ["MALLOC_TRIM_THRESHOLD_"] = str(10**11)
+        os.environ["MALLOC_TOP_PAD_"] = str(2**29)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def train(out: Path, steps: int) -> None:
+    """Trains in this process on a GPU, else in as many single-threaded processes as there are cores, up to WORKERS."""
+    workers = 1 if torch.cuda.is_available() else min(WORKERS, os.cpu_count() or 1)
+    if workers == 1:
+        work(0, 1, out, steps)
+        return
+    meeting = out / "meeting"
+    meeting.unlink(missing_ok=True)
+    torch.multiprocessing.spawn(work, (workers, out, steps), workers)
+
+
+def work(rank: int, workers: int, out: Path, steps: int) -> None:
+    """One worker of the training: its own batches, everybody's gradients."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    if workers > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", f"file://{(out / 'meeting').resolve()}", rank=rank, world_size=workers)
+    network.speed_up()
+    net = network.Network().to(device)
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer" / "tokenizer.json"))
+    assert tokenizer.token_to_id("<|im_end|>") == network.END, tokenizer.token_to_id("<|im_end|>")
+    optimiser = torch.optim.AdamW(groups(net), lr=RATE, betas=(0.9, 0.98), fused=True)
+    step, number, spent = 0, 0, 0.0
+    saved = out / "train.pt"
+    if saved.exists():
+        state = torch.load(saved, map_location=device)
+        net.load_state_dict(state["net"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, number, spent = state["place"]
+        number += 1  # the rest of a pool begun is left out
+    balance(net)
+    # bfloat16 matmuls are ten times as fast where the CPU has AMX; weights, router and head stay float32
+    autocast = torch.autocast(device, torch.bfloat16)
+    batches = pool(tokenizer, number, rank)
+    position = 0
+    began, last_save, seen, smooth = time.time() - spent, time.time(), 0, None
+    bar = tqdm(total=steps, initial=step, mininterval=10, desc="training", disable=rank > 0)
+    while step < steps:
+        if position == len(batches):
+            number, position = number + 1, 0
+            batches = pool(tokenizer, number, rank)
+        ids, learn = (t.to(device) for t in batches[position])
+        position += 1
+        with_mtp = step >= MTP_FROM * steps
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * rate(step, steps, group["first"])
+        with autocast:
+            hidden = net.hidden(ids)
+        loss, right = head_loss(net, hidden.float(), ids, learn, 1)
+        total, guesses = loss, []
+        worst = max((g.load.max() / g.load.mean()).item() for g in net.routers())
+        if step < BIAS_UNTIL * steps:
+            worst = settle(net)
+        if with_mtp:
+            some = slice(None, None, 2)  # half of the batch is enough for them
+            for k in range(network.MTP_LAYERS):
+                with autocast:
+                    guess = net.mtp_hidden(ids[some], hidden[some].detach(), k)
+                part, share = head_loss(net, guess.float(), ids[some], learn[some], 2 + k, frozen=True)
+                total = total + part
+                guesses.append(round(share.item(), 3))
+        optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        if workers > 1:
+            share_gradients(list((net if with_mtp else net.main).parameters()))
+        torch.nn.utils.clip_grad_norm_(net.main.parameters(), 1.0)
+        if with_mtp:
+            torch.nn.utils.clip_grad_norm_(net.mtp.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        seen += ids.numel() * workers
+        if rank > 0:
+            continue
+        bar.update()
+        smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+        if step % 50 == 0 or step == steps:
+            record = {
+                "step": step, "loss": round(smooth, 4), "right": round(right.item(), 4), "mtp": guesses,
+                "load": round(worst, 2), "seconds": round(time.time() - began), "tokens": seen,
+                "machine": machine(),
+            }  # fmt: skip
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(record) + "\n")
+            bar.set_postfix_str(json.dumps({k: record[k] for k in ("loss", "right", "mtp", "load")}))
+        if time.time() - last_save > SAVE_SECONDS or step in (steps, int(DECAY_FROM * steps)):
+            place = (step, number, time.time() - began)
+            partial = saved.with_suffix(".part")
+            torch.save({"net": net.state_dict(), "optimiser": optimiser.state_dict(), "place": place}, partial)
+            partial.replace(saved)
+            if step == int(DECAY_FROM * steps):  # from here a longer training can go on
+                shutil.copy(saved, out / "constant.pt")
+            last_save = time.time()
+    bar.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("build/demo"))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    keep_memory()
+    train(arguments.out, arguments.steps)
