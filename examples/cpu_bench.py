@@ -1,0 +1,99 @@
+"""Kernel speed against the machine's read bandwidth: `python examples/cpu_bench.py [--bits 4] [--threads 2]`.
+
+A product with a matrix far larger than the caches and a plain sum over as many bytes alternate, so that what else the
+machine does falls on both; medians and their ratio are printed. No other program should run meanwhile.
+"""
+
+import argparse
+import time
+
+import mlx.core as mx
+import numpy as np
+from numba import njit, prange
+
+from mlx_mimo.cpu import kernels
+from mlx_mimo.cpu.packed import Expert, Packed, experts, matmul
+
+HIDDEN, INNER, TOP_K = 4096, 2048, 8  # the released model's
+
+
+@njit(parallel=True, fastmath=True)
+def read(x, parts):
+    """Sums x: nothing but reading."""
+    total = 0.0
+    size = x.size // parts
+    for part in prange(parts):
+        partial = np.float32(0)
+        for i in range(part * size, (part + 1) * size):
+            partial += x[i]
+        total += partial
+    return total
+
+
+def random_bank(slots: int, rows: int, columns: int, bits: int, group: int, mode: str) -> Packed:
+    """Random codes with scales of one: as slow to read as any other."""
+    generator = np.random.default_rng(0)
+    words = np.frombuffer(generator.bytes(slots * rows * columns * bits // 8), np.uint32)
+    weight = mx.array(words.reshape(slots, rows, -1))
+    shape = (slots, rows, columns // group)
+    if mode == "mxfp4":
+        return Packed(weight, mx.full(shape, 120, mx.uint8), bits=bits, group_size=group, mode=mode)
+    scales, biases = mx.full(shape, 0.01, mx.bfloat16), mx.full(shape, -0.08, mx.bfloat16)
+    return Packed(weight, scales, biases, bits=bits, group_size=group)
+
+
+def alternate(work, nbytes: int, big: np.ndarray, repeats: int) -> tuple[float, float]:
+    """Medians of (GB/s of `work`, which reads `nbytes`; GB/s of reading)."""
+    threads = kernels.threads()
+    ours, plain = [], []
+    work()
+    read(big, threads)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        middle = time.perf_counter()
+        read(big, threads)
+        ours.append(middle - start)
+        plain.append(time.perf_counter() - middle)
+    return nbytes / np.median(ours) / 1e9, big.nbytes / np.median(plain) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4], choices=(2, 3, 4, 5, 6, 8))
+    parser.add_argument("--group", type=int, default=64, choices=(32, 64, 128))
+    parser.add_argument("--mxfp4", action="store_true", help="this format too")
+    parser.add_argument("--slots", type=int, default=64, help="experts in the bank; 8 new ones a repeat")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    if options.threads:
+        kernels.set_threads(options.threads)
+    big = np.ones(2**27, np.float32)
+    x = np.random.default_rng(1).normal(size=(1, HIDDEN)).astype(np.float32)
+    formats = [(bits, options.group, "affine") for bits in options.bits] + [(4, 32, "mxfp4")] * options.mxfp4
+    print(f"{kernels.threads()} threads, {options.repeats} repeats, GB/s as medians")
+    for bits, group, mode in formats:
+        shapes = [(INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)]
+        bank = Expert(*(random_bank(options.slots, *shape, bits, group, mode) for shape in shapes))
+        order = np.random.default_rng(2).permutation(options.slots).astype(np.int32)
+        turn = iter(range(10**9))
+
+        def one_token(bank=bank, order=order, turn=turn) -> None:
+            experts(x, np.roll(order, -TOP_K * next(turn))[None, :TOP_K], bank)
+
+        nbytes = TOP_K * sum(matrix.slot_bytes for matrix in (bank.gate, bank.up, bank.down))
+        ours, plain = alternate(one_token, nbytes, big, options.repeats)
+        name = mode if mode == "mxfp4" else f"{bits} bits, groups of {group}"
+        print(f"{name:22} expert layer, one token {ours:6.1f}   reading {plain:6.1f}   ratio {ours / plain:.2f}")
+
+        many = np.random.default_rng(3).normal(size=(512, HIDDEN)).astype(np.float32)
+        matmul(many, bank.gate)
+        start = time.perf_counter()
+        matmul(many, bank.gate)
+        seconds = time.perf_counter() - start
+        print(f"{'':22} one matrix, 512 tokens {2 * 512 * INNER * HIDDEN / seconds / 1e9:8.0f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The flags that commands share, and how a command ends."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import MimoError, UsageError
+from .runtime.budget import parse_size
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that loads a model; `load_options` turns them into keywords of `load`."""
+    parser.add_argument("--model", metavar="DIR_OR_REPO", help="converted directory or Hub repo (default: the demo)")
+    parser.add_argument(
+        "--expert-memory",
+        metavar="SIZE",
+        default="auto",
+        type=expert_memory,
+        help="bytes for experts, such as 24GB (GB = 10⁹), auto, or all = everything resident (default: auto)",
+    )
+    parser.add_argument("--expert-policy", choices=("lfu", "lru"), default="lfu", help="who leaves (default: lfu)")
+    parser.add_argument(
+        "--sliding-window",
+        metavar="N",
+        type=positive_int,
+        help="keys a query sees in sliding layers, itself included (default: sliding_window_size + 1)",
+    )
+    parser.add_argument("--profile", metavar="FILE", help="usage counts: loaded at the start, saved at the end")
+    parser.add_argument("--lookahead", action="store_true", help="read the next layer's likely experts ahead")
+    parser.add_argument("--trace", metavar="FILE", help="record which experts the router chose")
+    parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (default: all cores)")
+    parser.add_argument("--wired", action="store_true", help="raise Metal's wired memory limit as mlx-lm does")
+
+
+def load_options(args: argparse.Namespace) -> dict:
+    """The keywords of `mlx_mimo.load` that the shared flags set."""
+    return {
+        "expert_memory": args.expert_memory,
+        "expert_policy": args.expert_policy,
+        "sliding_window": args.sliding_window,
+        "profile": args.profile,
+        "lookahead": args.lookahead,
+        "trace": args.trace,
+        "threads": args.threads,
+        "progress": sys.stderr.isatty(),
+    }
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """mlx-lm's sampling flags. Unset ones come from the model's generation_config.json, else greedy."""
+    parser.add_argument("--temp", type=non_negative_float, help="sampling temperature; 0 is greedy")
+    parser.add_argument("--top-p", type=non_negative_float, help="nucleus sampling: share of probability kept")
+    parser.add_argument("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0 keeps all")
+    parser.add_argument("--min-p", type=non_negative_float, help="least probability, as a share of the best token's")
+    parser.add_argument("--seed", type=int, help="seed of the random numbers")
+
+
+def expert_memory(text: str) -> str | int:
+    """argparse type: "auto", "all", or a size in bytes."""
+    return text if text in ("auto", "all") else _typed(parse_size, text)
+
+
+def positive_int(text: str) -> int:
+    return _at_least(int, text, 1, "a whole number of at least 1")
+
+
+def non_negative_int(text: str) -> int:
+    return _at_least(int, text, 0, "a whole number of at least 0")
+
+
+def non_negative_float(text: str) -> float:
+    return _at_least(float, text, 0, "a number of at least 0")
+
+
+def _at_least(kind: type, text: str, least: int, wanted: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not value >= least or value == float("inf"):
+        raise argparse.ArgumentTypeError(f"{wanted} expected, {text!r} found")
+    return value
+
+
+def _typed(parse: Callable, text: str):
+    try:
+        return parse(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def json_object(text: str) -> dict:
+    """argparse type: a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("a JSON object expected")
+    return value
+
+
+def run(command: Callable[[], int | None]) -> int:
+    """Runs a command: our errors become one line on stderr, Ctrl-C and a closed pipe end it quietly."""
+    name = Path(sys.argv[0]).stem if sys.argv[0].endswith(".py") else sys.argv[0]
+    try:
+        code = command() or 0
+        sys.stdout.flush()
+        return code
+    except MimoError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; without this Python complains again while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

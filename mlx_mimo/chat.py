@@ -1,0 +1,222 @@
+"""`python -m mlx_mimo.chat`: an interactive conversation in a terminal, or line by line through a pipe."""
+
+import argparse
+import json
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from .arguments import add_model_arguments, add_sampling_arguments, load_options, non_negative_float, positive_int, run
+from .errors import MimoError
+
+HELP = """\
+/help              this list
+/exit              leave (also Ctrl-D)
+/system [TEXT]     set the system message, or drop it; starts anew
+/clear             start anew, the system message stays
+/think on|off      think before the answer
+/temperature X     sampling temperature, 0 is greedy
+/top-p X           share of probability that is sampled from
+/stats             speed and expert residency of the last answer
+/save FILE         write the conversation as JSON
+/load FILE         read it back
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx_mimo chat", description="Chat with the model.")
+    add_model_arguments(parser)
+    parser.add_argument("--system-prompt", help="the system message")
+    parser.add_argument("-m", "--max-tokens", type=positive_int, default=4096, help="of one answer (default: 4096)")
+    add_sampling_arguments(parser)
+    parser.add_argument("--think", action="store_true", help="let the model think before it answers")
+    parser.add_argument("--no-think", action="store_true", help="do not show what it thinks")
+    return parser
+
+
+class Chat:
+    """The state behind the prompt: a conversation and how it is sampled."""
+
+    def __init__(self, model, tokenizer, args: argparse.Namespace):
+        from .runtime.conversation import Conversation
+
+        self.args = args
+        self.model, self.tokenizer = model, tokenizer
+        self.conversation = Conversation(model, tokenizer, args.system_prompt, args.think)
+        self.last = None
+
+    def answer(self, text: str) -> None:
+        """One turn: prints the answer as it comes; Ctrl-C ends it and keeps what was said."""
+        from .runtime.console import PrefillProgress, Printer
+        from .runtime.sampling import sampler_for
+
+        conversation = self.conversation
+        options = {"max_tokens": self.args.max_tokens, "sampler": sampler_for(self.model, self.args)}
+        printer = None
+        try:
+            with PrefillProgress(sys.stderr) as progress:
+                steps = conversation.answer(text, prompt_progress_callback=progress, **options)
+                with closing(steps):
+                    for step in steps:
+                        progress.close()
+                        printer = printer or Printer(self.tokenizer, [], hide_thinking=self.args.no_think)
+                        printer.write(step.token, step.text)
+                        self.last = step
+        except KeyboardInterrupt:
+            print(" [stopped]", end="", file=sys.stderr)
+        finally:
+            if printer is not None:
+                printer.end()
+
+    def command(self, line: str) -> bool:
+        """Carries out a line that begins with a slash; False ends the program."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        match name:
+            case "/exit" | "/quit":
+                return False
+            case "/help":
+                print(HELP)
+            case "/system":
+                self.conversation.system = rest or None
+                self.conversation.clear()
+            case "/clear":
+                self.conversation.clear()
+            case "/think":
+                if rest not in ("on", "off"):
+                    raise MimoError(f"/think: on or off expected, {rest!r} found")
+                self.conversation.thinking = rest == "on"
+            case "/temperature":
+                self.args.temp = self._number(name, rest)
+            case "/top-p":
+                self.args.top_p = self._number(name, rest)
+            case "/stats":
+                self._statistics()
+            case "/save":
+                self._save(self._file(name, rest))
+            case "/load":
+                self._load(self._file(name, rest))
+            case _:
+                raise MimoError(f"{name}: no such command; /help lists them")
+        return True
+
+    def _number(self, name: str, text: str) -> float:
+        try:
+            return non_negative_float(text)
+        except argparse.ArgumentTypeError as error:
+            raise MimoError(f"{name}: {error}") from None
+
+    def _file(self, name: str, text: str) -> Path:
+        if not text:
+            raise MimoError(f"{name}: the name of a file expected")
+        return Path(text).expanduser()
+
+    def _statistics(self) -> None:
+        from .generate import experts_report
+
+        if self.last is None:
+            print("nothing generated yet")
+            return
+        print(f"{self.last.generation_tokens} tokens at {self.last.generation_tps:.1f}/s, ", end="")
+        print(f"{self.last.prompt_tokens} new prompt tokens, first token after {self.last.ttft_s:.2f} s")
+        experts = experts_report(self.model)
+        if experts:
+            print(f"experts: {experts['hit_rate']:.1%} hits, {experts['slots']} slots, {experts['policy']}, ", end="")
+            print(f"{experts['bytes_read'] / 1e9:.2f} GB read")
+
+    def _save(self, path: Path) -> None:
+        conversation = self.conversation
+        state = {"system": conversation.system, "messages": conversation.messages}
+        try:
+            path.write_text(json.dumps(state, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise MimoError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def _load(self, path: Path) -> None:
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            system, messages = state["system"], state["messages"]
+            if not all(isinstance(message["role"] + message["content"], str) for message in messages):
+                raise TypeError("messages")
+        except OSError as error:
+            raise MimoError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise MimoError(f"{path}: not a conversation that /save wrote") from None
+        self.conversation.clear()
+        self.conversation.system, self.conversation.messages = system, messages
+
+
+def read_line(interactive: bool) -> str:
+    """One message; raises EOFError at the end. Backslashes at line ends join lines."""
+    lines = []
+    while True:
+        line = input(("> " if not lines else ". ") if interactive else "")
+        lines.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            return "\n".join(lines)
+
+
+def use_history() -> None:
+    """Line editing and a history kept between runs, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        return  # some Windows and static builds have none: input() works all the same
+    import atexit
+
+    import platformdirs
+
+    file = Path(platformdirs.user_state_dir("mlx-mimo", appauthor=False)) / "chat_history"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        readline.read_history_file(file)
+    readline.set_history_length(1000)
+    atexit.register(readline.write_history_file, file)
+
+
+def chat(args: argparse.Namespace) -> int:
+    import mlx.core as mx
+
+    from .generate import end_residency
+    from .runtime.load import load
+
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    model, tokenizer = load(args.model, **load_options(args))
+    session = Chat(model, tokenizer, args)
+    if interactive:
+        use_history()
+        print("/help lists the commands, /exit leaves.")
+    failed = False
+    try:
+        while True:
+            try:
+                line = read_line(interactive)
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                print()
+                continue
+            if not line.strip():
+                continue
+            try:
+                if not line.startswith("/"):
+                    session.answer(line)
+                elif not session.command(line):
+                    break
+            except MimoError as error:
+                failed = True
+                print(f"error: {error}", file=sys.stderr)
+    finally:
+        end_residency(model, args.profile)
+    return 1 if failed and not interactive else 0
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    return run(lambda: chat(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""`python -m mlx_mimo.doctor`: the machine, and a model directory, one line a check."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from .arguments import run
+from .errors import UsageError
+from .runtime.checks import FAILED, OK, SKIPPED, WARNING, Check, directory_checks, machine_checks
+
+SCHEMA_VERSION = 1
+MARKS = {OK: "ok", WARNING: "warn", FAILED: "FAIL", SKIPPED: "-"}
+COLOURS = {OK: "\x1b[32m", WARNING: "\x1b[33m", FAILED: "\x1b[31m", SKIPPED: "\x1b[2m"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx_mimo doctor",
+        description="Checks the machine and, where one is named, a model directory. "
+        "Exits with 0 if nothing failed, 1 if something did, 2 for a wrong command line.",
+    )
+    parser.add_argument("directory", nargs="?", metavar="DIR", help="a converted directory")
+    parser.add_argument("--deep", action="store_true", help="read every byte and compare with the manifest's sha256")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the lines")
+    return parser
+
+
+def doctor(args: argparse.Namespace) -> int:
+    if args.deep and args.directory is None:
+        raise UsageError("--deep: name a directory to read")
+    checks = list(machine_checks())
+    if args.directory is not None:
+        directory = Path(args.directory).expanduser()
+        if not directory.is_dir():
+            raise UsageError(f"{args.directory}: no such directory")
+        checks += directory_checks(directory, args.deep)
+    failed = any(check.status == FAILED for check in checks)
+    if args.json:
+        fields = {"schema_version": SCHEMA_VERSION, "ok": not failed, "directory": args.directory}
+        print(json.dumps(fields | {"checks": [asdict(check) for check in checks]}, ensure_ascii=False))
+    else:
+        for check in checks:
+            print_check(check)
+    return 1 if failed else 0
+
+
+def print_check(check: Check) -> None:
+    mark = f"{MARKS[check.status]:<4}"
+    if sys.stdout.isatty():
+        mark = f"{COLOURS[check.status]}{mark}\x1b[0m"
+    print(f"{mark}  {check.id:<18}  {check.found}")
+    if check.hint and check.status != OK:
+        print(f"{'':6}{'':18}  → {check.hint}")
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    return run(lambda: doctor(args))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

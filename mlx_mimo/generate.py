@@ -1,0 +1,200 @@
+"""`python -m mlx_mimo.generate`: one prompt in, text out."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from .arguments import (
+    add_model_arguments,
+    add_sampling_arguments,
+    json_object,
+    load_options,
+    non_negative_int,
+    positive_int,
+    run,
+)
+from .errors import UsageError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx_mimo generate", description="Generate text from one prompt.")
+    add_model_arguments(parser)
+    parser.add_argument("-p", "--prompt", default="Hello", help="the user's message; - reads it from stdin")
+    parser.add_argument("--system-prompt", help="the system message")
+    parser.add_argument("-m", "--max-tokens", type=non_negative_int, default=1024, help="default: 1024")
+    add_sampling_arguments(parser)
+    parser.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it stands")
+    parser.add_argument("--prefill-response", metavar="TEXT", help="how the answer must begin")
+    parser.add_argument(
+        "--chat-template-config",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="keywords for the chat template, such as '{\"enable_thinking\": true}'",
+    )
+    parser.add_argument("--think", action="store_true", help="let the model think before it answers")
+    parser.add_argument("--no-think", action="store_true", help="do not show what it thinks")
+    parser.add_argument("--prefill-step-size", type=positive_int, default=2048, help="tokens a chunk (default: 2048)")
+    parser.add_argument("--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="more tokens that end it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    return parser
+
+
+def build_prompt(tokenizer, args: argparse.Namespace, text: str) -> str:
+    """The prompt as the model reads it, the chat template applied unless it is not wanted."""
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        return text
+    messages = [{"role": "system", "content": args.system_prompt}] if args.system_prompt is not None else []
+    messages.append({"role": "user", "content": text})
+    prefilled = args.prefill_response is not None
+    if prefilled:
+        messages.append({"role": "assistant", "content": args.prefill_response})
+    # mlx-lm turns thinking on unless told; the model's own default is off.
+    keywords = {"enable_thinking": args.think} | args.chat_template_config
+    return tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=not prefilled,
+        continue_final_message=prefilled,
+        **keywords,
+    )
+
+
+def generate(args: argparse.Namespace) -> int:
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not text.strip():
+        raise UsageError("--prompt: the prompt is empty; give some text, or - to read it from stdin")
+    import mlx.core as mx
+
+    from .runtime.console import PrefillProgress, Printer
+    from .runtime.load import load
+    from .runtime.sampling import sampler_for
+    from .runtime.stream import Response, stream_generate
+
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    model, tokenizer = load(args.model, **load_options(args))
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    prompt = build_prompt(tokenizer, args, text)
+    tokens = tokenizer.encode(prompt, add_special_tokens=args.ignore_chat_template)
+    printer = Printer(tokenizer, tokens, hide_thinking=args.no_think)
+    ids: list[int] = []
+    pieces: list[str] = []
+    last: Response | None = None
+    reason = None
+    wired = wired_limit(model) if args.wired else None
+    try:
+        with PrefillProgress(sys.stderr) as progress:
+            for last in stream_generate(
+                model,
+                tokenizer,
+                tokens,
+                max_tokens=args.max_tokens,
+                sampler=sampler_for(model, args),
+                prefill_step_size=args.prefill_step_size,
+                prompt_progress_callback=progress,
+            ):
+                progress.close()
+                ids.append(last.token)
+                pieces.append(last.text)
+                if not args.json:
+                    printer.write(last.token, last.text)
+                reason = last.finish_reason
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    finally:
+        if wired is not None:
+            wired()
+        end_residency(model, args.profile)
+    if args.max_tokens == 0:
+        reason = "length"
+    if args.json:
+        print(json.dumps(report(model, "".join(pieces), ids, len(tokens), last, reason), ensure_ascii=False))
+    else:
+        printer.end()
+        print_statistics(model, len(tokens), last, reason)
+    return 130 if reason == "interrupted" else 0
+
+
+def wired_limit(model):
+    """Raises Metal's wired limit as mlx-lm does; returns what puts it back. Written for Metal, not run there."""
+    from mlx_lm.generate import wired_limit as context
+
+    manager = context(model)
+    manager.__enter__()
+    return lambda: manager.__exit__(None, None, None)
+
+
+def peak_memory_bytes() -> int:
+    """The process's peak on the CPU, MLX's own count on a GPU."""
+    import mlx.core as mx
+
+    if mx.default_device() != mx.Device(mx.cpu):
+        return mx.get_peak_memory()
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def report(model, text: str, ids: list[int], prompt_tokens: int, last, reason: str | None) -> dict:
+    """What `--json` prints."""
+    return {
+        "text": text,
+        "token_ids": ids,
+        "prompt_tokens": prompt_tokens,
+        "prompt_tps": last.prompt_tps if last else 0.0,
+        "generation_tokens": len(ids),
+        "generation_tps": last.generation_tps if last else 0.0,
+        "ttft_s": last.ttft_s if last else None,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "finish_reason": reason,
+        "experts": experts_report(model),
+    }
+
+
+def experts_report(model) -> dict | None:
+    """The counters of expert residency, or None where every expert is resident."""
+    residency = getattr(model, "residency", None)
+    if residency is None:
+        return None
+    counters = residency.counters
+    return asdict(counters) | {"hit_rate": counters.hit_rate}
+
+
+def end_residency(model, profile: str | None) -> None:
+    """Saves the profile where one is asked for, and closes files and threads."""
+    residency = getattr(model, "residency", None)
+    if residency is not None:
+        if profile:
+            residency.save_profile(profile)
+        residency.close()
+
+
+def print_statistics(model, prompt_tokens: int, last, reason: str | None) -> None:
+    if last is None:
+        print(f"{prompt_tokens} prompt tokens, nothing generated ({reason})", file=sys.stderr)
+        return
+    line = (
+        f"{prompt_tokens} prompt tokens at {last.prompt_tps:.1f}/s, {last.generation_tokens} generated "
+        f"at {last.generation_tps:.1f}/s, first after {last.ttft_s:.2f} s, "
+        f"peak memory {peak_memory_bytes() / 1e9:.2f} GB ({reason})"
+    )
+    experts = experts_report(model)
+    if experts:
+        line += (
+            f"\nexperts: {experts['hit_rate']:.1%} hits in {experts['slots']} slots ({experts['policy']}), "
+            f"{experts['bytes_read'] / 1e9:.2f} GB read in {experts['read_seconds']:.2f} s"
+        )
+    print(line, file=sys.stderr)
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    return run(lambda: generate(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

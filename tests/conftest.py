@@ -1,0 +1,7 @@
+"""Set before MLX or torch start: comparisons to 1e-4 need whole float32, and tests share the machine."""
+
+import os
+
+# Hardware with matrix units (CUDA, M5 on) multiplies float32 with 10 bits of mantissa unless told not to.
+os.environ["MLX_ENABLE_TF32"] = "0"
+os.environ.setdefault("OMP_NUM_THREADS", "1")

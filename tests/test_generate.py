@@ -1,0 +1,123 @@
+"""The generate command as a process: what a person types and what they get."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from converted import converted_directory, fp8_directory
+
+FIELDS = {
+    "text",
+    "token_ids",
+    "prompt_tokens",
+    "prompt_tps",
+    "generation_tokens",
+    "generation_tps",
+    "ttft_s",
+    "peak_memory_bytes",
+    "finish_reason",
+    "experts",
+}
+EXPERT_FIELDS = {
+    "policy",
+    "slots",
+    "slot_bytes",
+    "hits",
+    "misses",
+    "evictions",
+    "hit_rate",
+    "bytes_read",
+    "read_seconds",
+}
+
+
+def mimo(*arguments, stdin: str | None = None, command="generate"):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", f"mlx_mimo.{command}", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+def test_json_has_the_documented_fields():
+    result = mimo("--model", converted_directory(), "--prompt", "hello", "--max-tokens", 6, "--json", "--temp", 0)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert set(report) == FIELDS
+    assert set(report["experts"]) >= EXPERT_FIELDS
+    assert report["generation_tokens"] == len(report["token_ids"]) <= 6
+    assert report["finish_reason"] in ("length", "stop")
+
+
+def test_a_budget_and_stdin_give_the_same_text():
+    whole = mimo("--model", converted_directory(), "-p", "the same", "-m", 8, "--temp", 0, "--json")
+    streamed = mimo(
+        *("--model", converted_directory(), "-p", "-", "-m", 8, "--temp", 0, "--json", "--expert-memory", "100kB"),
+        stdin="the same",
+    )
+    assert streamed.returncode == 0, streamed.stderr
+    one, two = json.loads(whole.stdout), json.loads(streamed.stdout)
+    assert one["token_ids"] == two["token_ids"]
+    assert two["experts"]["slots"] < one["experts"]["slots"]
+    assert two["experts"]["misses"] > 0
+
+
+def test_text_goes_to_stdout_and_statistics_to_stderr():
+    result = mimo("--model", converted_directory(), "--prompt", "hello", "--max-tokens", 4, "--seed", 1, "--temp", 1)
+    assert result.returncode == 0, result.stderr
+    assert "prompt tokens at" in result.stderr
+    assert "prompt tokens" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--max-tokens", "-1"], 2, "--max-tokens"),
+        (["--expert-memory", "lots"], 2, "24GB"),
+        (["--sliding-window", "0"], 2, "--sliding-window"),
+        (["--temp", "nan"], 2, "--temp"),
+        (["--chat-template-config", "{"], 2, "JSON"),
+        (["--prompt", ""], 2, "empty"),
+        (["--model", "./nowhere"], 2, "no such directory"),
+    ],
+)
+def test_wrong_usage_is_one_clear_line(arguments, code, words):
+    result = mimo("--model", converted_directory(), *arguments)
+    assert result.returncode == code
+    assert words in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_max_tokens_0_generates_nothing():
+    result = mimo("--model", converted_directory(), "--prompt", "hello", "--max-tokens", 0, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["text"], report["token_ids"], report["finish_reason"]) == ("", [], "length")
+
+
+def test_a_prompt_longer_than_the_context():
+    result = mimo("--model", converted_directory(), "--prompt", "-", stdin="x" * 300_000)
+    assert result.returncode == 2
+    assert "max_position_embeddings" in result.stderr
+
+
+def test_an_fp8_directory_without_a_terminal_prints_the_command():
+    result = mimo("--model", fp8_directory(), "--prompt", "hello")
+    assert result.returncode == 1
+    assert "mlx_mimo convert --hf-path" in result.stderr
+
+
+def test_the_console_entry_lists_commands_and_refuses_others():
+    listing = subprocess.run([sys.executable, "-m", "mlx_mimo"], capture_output=True, text=True)
+    assert listing.returncode == 0
+    assert "generate" in listing.stdout
+    unknown = subprocess.run([sys.executable, "-m", "mlx_mimo", "fly"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "'fly'" in unknown.stderr

@@ -1,0 +1,234 @@
+"""plan: does it fit and how fast, from config.json alone."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from checkpoints import tiny_config
+from converted import converted_directory, fp8_directory
+
+from mlx_mimo.errors import MimoError, UsageError
+from mlx_mimo.experts.trace import TraceWriter
+from mlx_mimo.models.config import ModelArgs
+from mlx_mimo.plan import advice, build_parser, make_plan, plan, subject_of, tokens
+from mlx_mimo.runtime import released
+from mlx_mimo.runtime.forecast import HIT_RATES, forecast, hit_rate
+from mlx_mimo.runtime.machine import CHIP_BANDWIDTH, GIB, MACS, imagined, read_speed, working_set
+
+ARGS = ModelArgs.from_dict(released.CONFIG)
+GB = 10**9
+
+
+def mac(gib: int, disk: float, bandwidth: float):
+    return imagined(f"{gib} GiB", gib * GIB, disk * GB, bandwidth * GB)
+
+
+# Seven machines, from a base Air to a Mac Studio: what is chosen on each. A change here is a change for users.
+PINNED = [
+    # GiB, disk GB/s, bandwidth GB/s, recipe → slots, decode tokens a second (None: does not fit)
+    (16, 2.5, 100, "4bit", None, None),
+    (24, 2.8, 100, "2bit", 538, 1.0),
+    (36, 5.0, 150, "3bit", 1164, 1.8),
+    (48, 6.0, 273, "4bit", 1816, 2.6),
+    (64, 17.0, 307, "4bit", 2644, 6.8),
+    (128, 7.0, 546, "4bit", 5921, 8.8),
+    (256, 7.0, 819, "4bit", 12032, 41.0),
+]
+
+
+@pytest.mark.parametrize(("gib", "disk", "bandwidth", "recipe", "slots", "decode"), PINNED)
+def test_choices_on_seven_machines(gib, disk, bandwidth, recipe, slots, decode):
+    found = make_plan(subject_of(None, recipe), ARGS, 32768, mac(gib, disk, bandwidth)).forecast
+    if slots is None:
+        assert found is None
+        return
+    assert found.slots == slots
+    assert found.decode_tps.expected == pytest.approx(decode, abs=0.05)
+    assert found.all_resident == (slots == 12032)
+    assert found.total_bytes < working_set(gib * GIB)
+
+
+def run_plan(capsys, *arguments) -> dict:
+    code = plan(build_parser().parse_args([*map(str, arguments), "--json"]))
+    return json.loads(capsys.readouterr().out) | {"exit": code}
+
+
+def test_json_of_the_released_model_needs_no_download(capsys):
+    fields = run_plan(capsys, "--memory", "64GB", "--ssd", "6GB/s", "--bandwidth", "400GB/s")
+    assert fields["schema_version"] == 1
+    assert fields["exit"] == 0
+    assert fields["fits"]
+    assert (fields["model"], fields["recipe"], fields["context"]) == ("MiMo-V2-Flash", "4bit", 32768)
+    assert fields["experts"]["count"] == 12032
+    assert fields["experts"]["slots"] == fields["bytes"]["pool"] // fields["experts"]["slot_bytes"]
+    parts = fields["bytes"]
+    assert parts["total"] == parts["trunk"] + parts["kv"] + parts["transients"] + parts["pool"]
+    speed = fields["forecast"]["decode_tps"]
+    assert speed["low"] < speed["expected"] < speed["high"]
+    assert fields["machine"]["disk_from"] == "given"
+    assert fields["assumptions"]
+    assert all(row["decode_tps"] > speed["expected"] for row in fields["would_help"])
+
+
+def test_a_machine_too_small_is_said_to_be(capsys):
+    fields = run_plan(capsys, "--memory", "16GB")
+    assert fields["exit"] == 1
+    assert not fields["fits"]
+    assert "before the first expert" in fields["refusal"]
+    assert any(row["what"].startswith("more memory") for row in fields["would_help"])
+
+
+def test_the_plan_of_a_converted_directory_is_what_lies_there(capsys):
+    directory = converted_directory()
+    fields = run_plan(capsys, "--model", directory, "--context", 1000, "--memory", "64GB", "--ssd", "6GB/s")
+    assert fields["recipe"] == "4bit"
+    on_disk = sum(path.stat().st_size for path in directory.glob("model-experts-*.safetensors"))
+    assert fields["bytes"]["all_experts"] == pytest.approx(on_disk, rel=0.5)
+    assert fields["experts"]["all_resident"]
+
+
+def test_a_directory_with_nothing_but_config_is_enough(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    only_config = run_plan(capsys, "--model", tmp_path, "--context", 1000, "--memory", "64GB")
+    whole = run_plan(capsys, "--model", fp8_directory(), "--context", 1000, "--memory", "64GB")
+    assert only_config["bytes"] == whole["bytes"]
+
+
+def test_every_common_mac_has_a_row(capsys):
+    assert plan(build_parser().parse_args(["--all", "--recipe", "2bit"])) == 0
+    text = capsys.readouterr().out
+    assert all(machine.name in text for machine in MACS)
+    assert "does not fit" in text
+    assert run_plan(capsys, "--all")["machines"][-1]["experts"]["all_resident"]
+
+
+def test_the_text_names_what_is_assumed_and_what_would_help(capsys):
+    plan(build_parser().parse_args(["--memory", "48GB", "--ssd", "6GB/s", "--bandwidth", "273GB/s"]))
+    text = capsys.readouterr().out
+    for words in ("trunk", "KV caches", "expert pool", "hit rate", "A forecast", "what would help", "--recipe"):
+        assert words in text
+
+
+def test_what_would_help_is_named_by_how_much():
+    subject, machine = subject_of(None, "4bit"), mac(48, 6.0, 273)
+    now = make_plan(subject, ARGS, 32768, machine)
+    helps = advice(subject, ARGS, 32768, now)
+    speeds = [tps for _, tps in helps]
+    assert speeds == sorted(speeds, reverse=True)
+    assert {text.partition(":")[0] for text, _ in helps} >= {"a smaller recipe", "more memory", "a faster disk"}
+    # An all-resident machine is not told to buy anything.
+    resident = make_plan(subject, ARGS, 32768, mac(256, 7.0, 819))
+    assert not [text for text, _ in advice(subject, ARGS, 32768, resident) if "memory" in text or "disk" in text]
+
+
+def test_more_of_anything_is_never_slower():
+    subject = subject_of(None, "4bit")
+    previous = 0.0
+    for gib in (24, 32, 36, 48, 64, 96, 128, 192, 256):
+        speed = make_plan(subject, ARGS, 32768, mac(gib, 6.0, 400)).forecast.decode_tps.expected
+        assert speed > previous
+        previous = speed
+    speeds = [
+        make_plan(subject, ARGS, 32768, mac(64, disk, 400)).forecast.decode_tps.expected for disk in (1, 3, 6, 17)
+    ]
+    assert speeds == sorted(set(speeds))
+
+
+def test_the_hit_curve_meets_what_was_published():
+    assert 0.64 <= hit_rate(0.125).low <= hit_rate(0.125).high <= 0.71
+    assert 0.80 <= hit_rate(0.25).low <= hit_rate(0.25).high <= 0.87
+    assert hit_rate(1.0).expected == 1.0
+    assert hit_rate(0.0).expected == 0.0
+    for column in (1, 2, 3):
+        values = [row[column] for row in HIT_RATES]
+        assert values == sorted(values)
+
+
+def test_the_arithmetic_of_a_token():
+    """At 0.9 hits, 5.32 GB a token with nothing resident and 10 GB/s, reading alone takes 53 ms."""
+    subject, machine = subject_of(None, "4bit"), mac(128, 10.0, 546)
+    budget = subject.budget(ARGS, 32768, machine)
+    found = forecast(ARGS, budget, machine, budget.experts // 2, 2048)
+    missed = found.disk_bytes_per_token.expected / (1 - found.hit_rate.expected)
+    assert missed / 1e9 == pytest.approx(5.32, abs=0.01)
+    assert 0.1 * missed / 10e9 == pytest.approx(0.053, abs=0.001)
+
+
+def write_trace(path, layers=(1, 2, 3), experts=8, calls=64):
+    rng = np.random.default_rng(0)
+    writer = TraceWriter(path, layers, experts, 2)
+    for _ in range(calls):
+        for layer in layers:
+            writer(layer, rng.permutation(experts)[None, :2])
+    writer.close()
+    return path
+
+
+def test_a_trace_replaces_the_assumed_hit_rate(tmp_path, capsys):
+    trace = write_trace(tmp_path / "trace.bin")
+    base = ("--model", converted_directory(), "--context", 1000, "--memory", "64GB", "--expert-memory", "120kB")
+    assumed = run_plan(capsys, *base)
+    measured = run_plan(capsys, *base, "--trace", trace)
+    assert 0 < measured["experts"]["share"] < 1
+    assert measured["forecast"]["hit_rate"] != assumed["forecast"]["hit_rate"]
+    with pytest.raises(UsageError, match="3 layers"):
+        run_plan(capsys, "--trace", trace, "--memory", "64GB")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/directory"], "no such directory"),
+        (["--recipe", "9bit"], "recipe"),
+        (["--context", "1000000"], "max_position_embeddings"),
+        (["--memory", "lots"], "24GB"),
+        (["--memory", "64GB", "--ssd", "quick"], "6GB/s"),
+        (["--expert-memory", "some"], "24GB"),
+    ],
+)
+def test_wrong_flags_are_refused(arguments, message):
+    with pytest.raises(MimoError, match=message) as error:
+        plan(build_parser().parse_args(arguments))
+    assert error.value.exit_code == 2
+
+
+def test_another_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(model_type="llama")))
+    with pytest.raises(MimoError, match="model_type"):
+        plan(build_parser().parse_args(["--model", str(tmp_path)]))
+
+
+def test_a_model_with_a_short_context_is_planned_with_that(capsys):
+    assert run_plan(capsys, "--model", converted_directory(), "--memory", "64GB")["context"] == 4096
+
+
+def test_context_in_thousands():
+    assert (tokens("32k"), tokens("4096")) == (32768, 4096)
+
+
+def test_this_machine_is_planned_without_mlx():
+    """Also: well under a second of work, which importing MLX or transformers would not leave."""
+    code = (
+        "import sys; sys.argv = ['plan', '--json', '--context', '4k']; "
+        "from mlx_mimo.plan import main; main(); "
+        "sys.exit('imported' if {'transformers', 'torch'} & set(sys.modules) "
+        "or (sys.platform == 'linux' and 'mlx.core' in sys.modules) else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["machine"]["memory"] > 0
+
+
+def test_every_mac_knows_its_chip():
+    assert all(machine.bandwidth / GB in CHIP_BANDWIDTH.values() for machine in MACS)
+    assert next(m for m in MACS if "M4 Max" in m.name).bandwidth == 546 * GB
+    assert next(m for m in MACS if m.name.startswith("MacBook Pro M5 32")).bandwidth == 153 * GB
+
+
+def test_a_disk_is_measured_on_the_files_themselves(tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_bytes(bytes(1 << 20))
+    assert read_speed([path], seconds=0.05, piece=1 << 16) > 0
+    assert read_speed([path], piece=1 << 22) is None
