@@ -58,7 +58,7 @@ def pieces(turns: list, think: bool, system: str | None, tools: list | None, kee
 
 def draw_dialogue(rng: Random) -> list[tuple[str, bool]]:
     """One training dialogue of one to eight turns: the more turns, the more of the tokens are answers to learn from."""
-    think = rng.random() < 0.4
+    think = rng.random() < 0.5
     count = rng.choice([1, 1, 2, 3, 4, 5]) if think else rng.choice([1, 2, 4, 6, 8])
     turns = [tasks.draw(rng, think) for _ in range(count)]
     used = [t for t in turns if t.calls]

@@ -120,7 +120,7 @@ SYSTEM_PROMPTS = [
 WORDS = """
 apple banana cherry strawberry raspberry blueberry orange lemon melon papaya mango avocado tomato potato carrot
 pepper onion garlic cabbage lettuce spinach broccoli pumpkin cucumber mushroom butter cheese coffee bottle kettle
-pillow mirror window door table chair carpet ladder hammer letter pencil rubber paper scissors needle button zipper
+pillow mirror window door table chair carpet ladder hammer pencil rubber paper scissors needle button zipper
 pocket jacket sweater trousers slipper glasses umbrella wallet parcel bicycle tractor rocket engine wheel barrel
 basket candle lantern battery computer keyboard monitor printer speaker camera guitar piano violin trumpet drum
 flute circus theatre museum library village castle bridge tunnel harbour island mountain valley desert forest meadow

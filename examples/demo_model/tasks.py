@@ -115,7 +115,7 @@ def sorting(rng: Random) -> Turn:
 # ---- letters
 
 COUNT = [
-    "How many times does the letter {0} occur in {1}?", "How many {0}'s are in {1}?", "How many {0}s are in {1}?",
+    "How many times does the letter {0} occur in {1}?", "How many {0}'s are in {1}?",
     "How many letters {0} are in the word {1}?", "Count the letter {0} in {1}.", 'How many {0} are in "{1}"?',
 ]  # fmt: skip
 LENGTH = ["How many letters are in {1}?", "How many letters does {1} have?", "How long is the word {1}?"]
@@ -346,7 +346,7 @@ DOMAINS = {
     "units": lambda rng, think: units(rng),
     "tools": lambda rng, think: tool_use(rng),
 }
-SHARES = {"arithmetic": 9, "sorting": 5, "counting": 5, "facts_en": 5, "facts_zh": 4, "units": 4, "tools": 1.2}
+SHARES = {"arithmetic": 9, "sorting": 6, "counting": 6, "facts_en": 4, "facts_zh": 3, "units": 4, "tools": 1.2}
 
 
 def draw(rng: Random, think: bool, domain: str | None = None, held_out: bool = False) -> Turn:
