@@ -36,6 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="random weights of this size instead, with the released model's widths and fewer layers and experts",
     )
+    parser.add_argument(
+        "--narrow",
+        type=int,
+        choices=(1, 2, 4),
+        default=1,
+        help="divide the synthetic model's widths, for more experts in the same size (default: 1)",
+    )
     parser.add_argument("--recipe", metavar="NAME", help="of the synthetic model (default: 4bit)")
     parser.add_argument("--prompt-tokens", metavar="N,…", default="256", type=counts, help="(default: 256)")
     parser.add_argument(
@@ -100,6 +107,8 @@ def bench(args: argparse.Namespace) -> int:
     limit = parse_speed(args.disk_limit) if args.disk_limit else None
     if args.recipe and not args.synthetic:
         raise UsageError("--recipe: goes with --synthetic only; a directory has its own")
+    if args.narrow != 1 and not args.synthetic:
+        raise UsageError("--narrow: goes with --synthetic only")
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(_subject(args))
         rows = list(_measure(args, directory, limit))
@@ -131,17 +140,17 @@ def _subject(args: argparse.Namespace) -> Iterator[Path]:
     if not args.synthetic:
         yield find(args.model).path
         return
-    from .runtime.synthetic import synthetic_config, write_synthetic
+    from .runtime.synthetic import parameters, synthetic_config, write_synthetic
 
     recipe = args.recipe or "4bit"
-    config = synthetic_config(parse_size(args.synthetic), recipe)
+    config = synthetic_config(parse_size(args.synthetic), recipe, args.narrow)
     with tempfile.TemporaryDirectory(prefix="mlx-mimo-bench-") as folder:
         directory = Path(folder) / f"synthetic-{recipe}"
         write_synthetic(directory, config, recipe, args.seed)
         size = sum(file.stat().st_size for file in directory.iterdir())
         print(
             f"synthetic: {config['num_hidden_layers']} layers, {config['n_routed_experts']} experts in each MoE layer, "
-            f"{format_size(size)}",
+            f"{format_size(size)}, {parameters(config) / 1e9:.2f} billion parameters",
             file=sys.stderr,
         )
         yield directory

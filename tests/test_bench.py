@@ -14,7 +14,7 @@ from mlx_mimo.convert.recipe import named
 from mlx_mimo.errors import UsageError
 from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.runtime.budget import estimate, measure
-from mlx_mimo.runtime.synthetic import synthetic_config, write_synthetic
+from mlx_mimo.runtime.synthetic import parameters, synthetic_config, write_synthetic
 from mlx_mimo.runtime.throttle import Throttle
 from mlx_mimo.runtime.timing import Case, Spread, forced, run_case, split
 
@@ -128,6 +128,13 @@ def test_a_synthetic_model_has_the_size_that_was_asked_for(size, recipe):
     one = len(args.moe_layers) * budget.slot_bytes
     assert 0 <= size * 10**9 - budget.trunk - budget.experts < 1.1 * one
     assert (args.hidden_size, args.moe_intermediate_size, args.num_attention_heads) == (4096, 2048, 64)
+
+
+def test_a_narrow_synthetic_model_has_more_experts():
+    wide, narrow = synthetic_config(2 * 10**9, "4bit"), synthetic_config(2 * 10**9, "4bit", 4)
+    assert narrow["n_routed_experts"] > 8 * wide["n_routed_experts"]
+    assert (narrow["hidden_size"], narrow["head_dim"], narrow["num_experts_per_tok"]) == (1024, 192, 8)
+    assert parameters(narrow) == pytest.approx(parameters(wide), rel=0.5)
 
 
 def test_a_synthetic_model_too_small_is_refused():

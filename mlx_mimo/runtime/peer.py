@@ -19,6 +19,8 @@ def main() -> None:
 
     # A directory of ours may name our class as its model_file: this is to be mlx-lm's own.
     model, _ = load_model(Path(sys.argv[1]), model_config={"model_file": None})
+    if mx.default_device() == mx.cpu:
+        model.set_dtype(mx.float32)  # MLX's CPU backend is several times slower in bfloat16
     answer({"ready": True})
     for line in sys.stdin:
         case = json.loads(line)

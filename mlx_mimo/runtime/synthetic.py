@@ -1,10 +1,11 @@
 """Checkpoints of random weights with the released model's shapes, in the converted format, for timing.
 
 Fewer layers and fewer experts a layer than the release has, the same widths: an expert is as large, a layer as slow.
+Narrower ones have room for as many experts as the release in a small file: residency then has something to choose from.
 """
 
 import json
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -16,33 +17,45 @@ from .budget import Budget, estimate, format_size
 
 LAYERS = (6, 12, 24, 48)  # of which the first is dense and the first and last are global, every sixth in between
 VOCABULARY = 4096
-ROUTER_BIAS = 0.1  # spread of the correction bias: makes some experts more popular, as in a real model
+NARROWED = (
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "swa_num_attention_heads", "swa_num_key_value_heads",
+)  # fmt: skip
+# Spread of the correction bias, which makes some experts more popular: with 256 of them the best eighth takes about two
+# thirds of the choices, the best quarter five sixths, as measured on real models (docs/RESIDENCY.md).
+ROUTER_BIAS = 0.13
 
 
-def synthetic_config(nbytes: int, recipe: str) -> dict:
-    """The config.json of a model whose trunk and experts take about `nbytes` at a recipe. Raises UsageError."""
+def synthetic_config(nbytes: int, recipe: str, narrow: int = 1) -> dict:
+    """The config.json of a model whose trunk and experts take about `nbytes` at a recipe; widths and heads are the
+    release's divided by `narrow` (1, 2, 4). Raises UsageError."""
     for layers in LAYERS:
-        most = _config(layers, 256)
+        most = _config(layers, 256, narrow)
         if _weights(most, recipe) >= nbytes or layers == LAYERS[-1]:
             break
-    least = _config(layers, 8)
+    least = _config(layers, 8, narrow)
     if _weights(least, recipe) > nbytes:
         raise UsageError(
             f"--synthetic: at least {format_size(_weights(least, recipe))} expected at the recipe {recipe}"
         )
     one = (_weights(most, recipe) - _weights(least, recipe)) / 248  # bytes of one expert in every layer
-    return _config(layers, min(256, 8 + int((nbytes - _weights(least, recipe)) / one)))
+    return _config(layers, min(256, 8 + int((nbytes - _weights(least, recipe)) / one)), narrow)
 
 
-def _config(layers: int, experts: int) -> dict:
+def _config(layers: int, experts: int, narrow: int) -> dict:
     sliding = [0 if layer == 0 or layer % 6 == 5 else 1 for layer in range(layers)]
-    return released.CONFIG | {
-        "num_hidden_layers": layers,
-        "hybrid_layer_pattern": sliding,
-        "moe_layer_freq": [0] + [1] * (layers - 1),
-        "n_routed_experts": experts,
-        "vocab_size": VOCABULARY,
-    }
+    narrowed = {name: released.CONFIG[name] // narrow for name in NARROWED}
+    return (
+        released.CONFIG
+        | narrowed
+        | {
+            "num_hidden_layers": layers,
+            "hybrid_layer_pattern": sliding,
+            "moe_layer_freq": [0] + [1] * (layers - 1),
+            "n_routed_experts": experts,
+            "vocab_size": VOCABULARY,
+        }
+    )
 
 
 def _weights(config: dict, recipe: str) -> int:
@@ -50,6 +63,16 @@ def _weights(config: dict, recipe: str) -> int:
 
     budget: Budget = estimate(config, named(recipe), ModelArgs.from_dict(config), 1, 1, 2, 2)
     return budget.trunk + budget.experts
+
+
+def parameters(config: dict) -> int:
+    """Of the trunk and all experts."""
+    from ..convert import shapes
+
+    wanted = shapes.trunk_shapes(config)
+    for layer in shapes.moe_layers(config):
+        wanted += shapes.expert_shapes(config, layer)
+    return sum(prod(shape.shape) for shape in wanted)
 
 
 def write_synthetic(directory: Path, config: dict, recipe: str, seed: int = 0) -> None:
