@@ -6,8 +6,8 @@
    the subject every 400 tokens, and an expert of the token before stays with some probability. The three constants are
    chosen so that LRU in each layer hits what others measured on a model of this geometry: 64–71 % with an eighth of the
    experts resident and 80–87 % with a quarter.
-2. The trace runs through the pool's own table and policy (LFU, one pool for all layers). Only tokens after the warm-up
-   count.
+2. The trace runs through the pool's own table and policy (LFU with the package's half-life, one pool for all layers).
+   Only tokens after the warm-up count.
 3. `mlx_mimo.runtime.forecast` turns hit rates into time with the constants that `mlx_mimo plan` prints.
 4. What the pool takes from the rest of the system comes back as paging: once the model, the system and the room that
    its page cache wants exceed the memory, that excess is read again from the disk, as far as a token touches it.
@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_mimo.convert.recipe import named
 from mlx_mimo.errors import MimoError
-from mlx_mimo.experts.policy import make_policy
+from mlx_mimo.experts.policy import DEFAULT_HALF_LIFE_TOKENS, make_policy
 from mlx_mimo.experts.residents import Need, Residents
 from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.runtime import released
@@ -32,7 +32,6 @@ from mlx_mimo.runtime.machine import GIB, MACS, SYSTEM_BYTES, Machine, imagined
 LAYERS, EXPERTS, TOP_K = 47, 256, 8
 SKEW, STAY, SUBJECT, SUBJECT_TOKENS = 0.9, 0.36, 1.4, 400
 WARM_UP = 300
-HALF_LIFE_TOKENS = 256.0  # of LFU's counts; the figures in docs/FORECAST.md were made with it
 SHARES = (0.02, 0.05, 0.10, 0.125, 0.20, 0.25, 0.35, 0.50, 0.75)
 RECIPES = ("2bit", "3bit", "4bit")
 CONTEXT, CHUNK = 32768, 2048
@@ -59,9 +58,7 @@ def routing(tokens: int, layers: int = LAYERS, seed: int = 0) -> list[Need]:
 
 def hit_rate(needs: list[Need], layers: int, slots: int, policy: str, warm_up: int) -> float:
     """Hits among accesses after `warm_up` tokens."""
-    table = Residents(
-        tuple(range(layers)), EXPERTS, slots, make_policy(policy, layers * EXPERTS, layers, HALF_LIFE_TOKENS)
-    )
+    table = Residents(tuple(range(layers)), EXPERTS, slots, make_policy(policy, layers * EXPERTS, layers))
     before = (0, 0)
     for position, need in enumerate(needs):
         if position == warm_up * layers:
@@ -100,12 +97,12 @@ def plot(path: str, args: ModelArgs, budget: Budget, curve: list) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "mlx-mimo"
+    plt.rcParams |= {"svg.hashsalt": "mlx-mimo", "svg.fonttype": "none"}  # the same bytes each time; text as text
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2))
-    left.plot([100 * x for x, _ in curve], [100 * y for _, y in curve], marker="o", label="simulated, LFU, one pool")
+    left.plot([100 * x for x, _ in curve], [100 * y for _, y in curve], marker="o", label="simulated: LFU, one pool")
     for share, low, high in ((12.5, 64, 71), (25, 80, 87)):
         left.plot([share, share], [low, high], linewidth=5, alpha=0.4, color="tab:orange")
-    left.plot([], [], linewidth=5, alpha=0.4, color="tab:orange", label="published, LRU in each layer")
+    left.plot([], [], linewidth=5, alpha=0.4, color="tab:orange", label="published: LRU in each layer")
     left.set(xlabel="experts resident, %", ylabel="hit rate, %", ylim=(0, 100), title="hit rate (simulated)")
     left.legend()
     sizes = np.arange(2, 64, 1.0)
@@ -133,6 +130,7 @@ def main() -> None:
     found = curve(needs)
     assert all(a[1] <= b[1] for a, b in pairwise(found)), "more slots must not hit less"
     lru = [(x, hit_rate(needs, LAYERS, round(x * LAYERS * EXPERTS), "lru", WARM_UP)) for x in (0.05, 0.125, 0.25)]
+    print(f"{options.tokens:,} tokens, LFU's counts halve every {DEFAULT_HALF_LIFE_TOKENS:g} tokens\n")
     for policy, rates in (("lfu", found[1:-1]), ("lru", lru)):
         print(f"Hit rates of {policy}, simulated: " + ", ".join(f"{y:.0%} at {x:.1%}" for x, y in rates) + "\n")
     print("| Mac | SSD, GB/s | " + " | ".join(RECIPES) + " |")
