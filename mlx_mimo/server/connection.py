@@ -15,6 +15,8 @@ from .errors import RequestError
 HEAD_SECONDS = 20.0  # from the connection to the end of its headers
 WRITE_SECONDS = 60.0  # a client that reads nothing for so long has gone
 MOST_HEAD_BYTES = 64 * 1024
+LINGER_SECONDS = 2.0  # without a byte from a client that has its answer and does not hang up
+MOST_LINGER_SECONDS = 20.0  # for one that goes on sending
 
 
 class DeadlineSocket(io.RawIOBase):
@@ -58,6 +60,22 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.connection.settimeout(WRITE_SECONDS)
         self.answered = False
         self.requestline, self.command = "", ""
+
+    def finish(self) -> None:
+        super().finish()
+        self.linger()
+
+    def linger(self) -> None:
+        """Drops what the client still sends: closing upon unread bytes resets the connection, the answer is lost."""
+        deadline = time.monotonic() + MOST_LINGER_SECONDS
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            while (remaining := deadline - time.monotonic()) > 0:
+                self.connection.settimeout(min(remaining, LINGER_SECONDS))
+                if not self.connection.recv(65536):
+                    return
+        except OSError:  # gone already, or silent: either way it has had its time
+            return
 
     def handle_one_request(self) -> None:
         try:
@@ -168,6 +186,8 @@ class Server(ThreadingHTTPServer):
         try:
             request.settimeout(1)
             request.sendall(head.encode() + body)
+            if select.select([request], [], [], 0)[0]:
+                request.recv(65536)  # what has come already: see JsonHandler.linger, for which there is no time here
         except OSError:
             logging.info("%s: gone before it could be turned away", client_address[0])
         self.shutdown_request(request)

@@ -1,8 +1,10 @@
 """What the server turns away, and that every refusal is JSON in OpenAI's form and leaves the worker alive."""
 
 import concurrent.futures
+import errno
 import json
 import socket
+import threading
 from urllib.parse import urlsplit
 
 import pytest
@@ -10,9 +12,11 @@ import requests
 from serving import running_server
 
 from mlx_mimo.errors import UsageError
+from mlx_mimo.server import connection as connection_module
 from mlx_mimo.server.__main__ import build_parser, complete
 from mlx_mimo.server.access import Access
 from mlx_mimo.server.errors import RequestError
+from mlx_mimo.server.worker import wait_until
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 CHAT = "/v1/chat/completions"
@@ -24,7 +28,11 @@ def raw(server, data: bytes, close_write: bool = True, timeout: float = 20) -> t
     with socket.create_connection((parts.hostname, parts.port), timeout=timeout) as connection:
         connection.sendall(data)
         if close_write:
-            connection.shutdown(socket.SHUT_WR)
+            try:
+                connection.shutdown(socket.SHUT_WR)
+            except OSError as error:  # answered, and no longer waited for: what it said is still to be read
+                if error.errno != errno.ENOTCONN:
+                    raise
         answer = b""
         while piece := connection.recv(65536):
             answer += piece
@@ -171,6 +179,45 @@ def test_broken_and_endless_heads(server):
     assert raw(server, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n" + many + b"\r\n")[0] == 431
 
 
+def test_an_answer_reaches_a_client_that_is_still_sending(server):
+    """The head is refused when its first 64 KiB have come; closing upon the rest would reset the connection."""
+    head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: "
+    for size in (70_000, 300_000, 3_000_000, 3_000_000, 12_000_000):
+        assert raw(server, head + b"x" * size + b"\r\n\r\n")[0] == 431
+    body = b"x" * 3_000_000
+    announced = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    assert raw(server, announced + body)[0] == 404, "the body is not even looked at"
+
+
+def wait_for_an_empty_house(server) -> None:
+    """Until the connections of earlier tests are closed."""
+    assert wait_until(lambda: server.httpd._room._value == server.httpd.most_connections, 60)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_client_that_never_hangs_up_is_let_go(server, monkeypatch, goes_on):
+    monkeypatch.setattr(connection_module, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(connection_module, "MOST_LINGER_SECONDS", 0.6)
+    wait_for_an_empty_house(server)
+    parts = urlsplit(server.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = b""
+        while piece := connection.recv(65536):  # the server has nothing more to say, and waits for our end
+            answer += piece
+        assert answer.startswith(b"HTTP/1.0 200"), answer
+
+        def let_go() -> bool:
+            if goes_on:
+                try:
+                    connection.sendall(b"x")
+                except OSError:
+                    return True  # closed there
+            return server.httpd._room._value == server.httpd.most_connections
+
+        assert wait_until(let_go, 60)
+
+
 def test_unknown_paths(server):
     assert refused(requests.get(f"{server.url}/etc/passwd", timeout=20), 404)
     assert refused(post(server, GOOD, "/v1/embeddings"), 404)
@@ -248,6 +295,16 @@ def test_two_hundred_connections(server):
         bad = GOOD | {"temperature": -1}
         codes = list(pool.map(lambda _: post(server, bad).status_code, range(200)))
     assert codes == [400] * 200
+
+
+def test_one_connection_too_many_is_told_so(server, monkeypatch):
+    wait_for_an_empty_house(server)
+    full = threading.BoundedSemaphore(1)
+    full.acquire()
+    monkeypatch.setattr(server.httpd, "_room", full)
+    response = requests.get(f"{server.url}/health", timeout=20)
+    refused(response, 503)
+    assert response.headers["Retry-After"] == "5"
 
 
 @pytest.mark.slow
