@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import hub
 import pytest
@@ -34,6 +36,17 @@ def test_the_result_is_that_of_a_local_checkpoint(served, tmp_path):
     same_weights(tmp_path / "mlx")
     fields = json.loads((tmp_path / "mlx" / "mlx_mimo.json").read_text())
     assert fields["source"] == {"repo": "test/mimo", "revision": hub.COMMIT}
+
+
+def test_without_stream_the_whole_repository_is_fetched_first(served, tmp_path):
+    """In a process of its own: the Hub's library reads its settings when it is imported."""
+    settings = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "mlx_mimo.convert", "--hf-path", "test/mimo", "--mlx-path", str(tmp_path / "mlx")]
+    subprocess.run([*command, "--quiet"], check=True, env=os.environ | settings, timeout=300)
+    same_weights(tmp_path / "mlx")
+    fields = json.loads((tmp_path / "mlx" / "mlx_mimo.json").read_text())
+    assert fields["source"] == {"repo": "test/mimo", "revision": hub.COMMIT}
+    assert served.sent["model_1.safetensors"] == (fp8_directory() / "model_1.safetensors").stat().st_size
 
 
 def test_only_a_few_files_lie_there_at_a_time(served, tmp_path, monkeypatch):
