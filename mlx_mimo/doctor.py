@@ -8,7 +8,10 @@ from pathlib import Path
 
 from .arguments import run
 from .errors import UsageError
-from .runtime.checks import FAILED, OK, SKIPPED, WARNING, Check, directory_checks, machine_checks
+from .runtime.budget import parse_size, parse_speed
+from .runtime.checks import FAILED, OK, SKIPPED, WARNING, Check, machine_checks
+from .runtime.machine import Given
+from .runtime.model_checks import directory_checks
 
 SCHEMA_VERSION = 1
 MARKS = {OK: "ok", WARNING: "warn", FAILED: "FAIL", SKIPPED: "-"}
@@ -18,27 +21,53 @@ COLOURS = {OK: "\x1b[32m", WARNING: "\x1b[33m", FAILED: "\x1b[31m", SKIPPED: "\x
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx_mimo doctor",
-        description="Checks the machine and, where one is named, a model directory. "
+        description="Checks the machine and, where one is named, a model directory: its files, and what they would do "
+        "on this machine or on one that the flags describe. "
         "Exits with 0 if nothing failed, 1 if something did, 2 for a wrong command line.",
     )
     parser.add_argument("directory", nargs="?", metavar="DIR", help="a converted directory")
     parser.add_argument("--deep", action="store_true", help="read every byte and compare with the manifest's sha256")
+    machine = parser.add_argument_group("another machine than this one")
+    machine.add_argument("--memory", "--sim-memory", dest="memory", metavar="SIZE", help="such as 64GB")
+    machine.add_argument("--available", "--sim-available", dest="available", metavar="SIZE", help="what of it is free")
+    machine.add_argument("--ssd", "--sim-ssd", dest="ssd", metavar="SPEED", help="such as 6GB/s")
+    machine.add_argument("--bandwidth", "--sim-bandwidth", dest="bandwidth", metavar="SPEED", help="such as 400GB/s")
+    machine.add_argument(
+        "--backend",
+        "--sim-backend",
+        dest="backend",
+        choices=("metal", "cpu"),
+        help="what it computes on (default with --memory: metal)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the lines")
     return parser
+
+
+def given(args: argparse.Namespace) -> Given:
+    """What the flags say of the machine. Raises UsageError."""
+    return Given(
+        parse_size(args.memory) if args.memory else None,
+        parse_size(args.available) if args.available else None,
+        parse_speed(args.ssd) if args.ssd else None,
+        parse_speed(args.bandwidth) if args.bandwidth else None,
+        args.backend,
+    )
 
 
 def doctor(args: argparse.Namespace) -> int:
     if args.deep and args.directory is None:
         raise UsageError("--deep: name a directory to read")
-    checks = list(machine_checks())
+    machine = given(args)
+    checks = list(machine_checks(machine))
     if args.directory is not None:
         directory = Path(args.directory).expanduser()
         if not directory.is_dir():
             raise UsageError(f"{args.directory}: no such directory")
-        checks += directory_checks(directory, args.deep)
+        checks += directory_checks(directory, args.deep, machine)
     failed = any(check.status == FAILED for check in checks)
     if args.json:
         fields = {"schema_version": SCHEMA_VERSION, "ok": not failed, "directory": args.directory}
+        fields["simulated"] = {name: value for name, value in asdict(machine).items() if value is not None}
         print(json.dumps(fields | {"checks": [asdict(check) for check in checks]}, ensure_ascii=False))
     else:
         for check in checks:

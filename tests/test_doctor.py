@@ -8,9 +8,19 @@ import sys
 import pytest
 from converted import converted_directory, fp8_directory
 
+from mlx_mimo.convert import manifest, shapes
+from mlx_mimo.convert.plan import make_plan as plan_conversion
+from mlx_mimo.convert.recipe import named
 from mlx_mimo.doctor import build_parser, doctor
 from mlx_mimo.errors import UsageError
+from mlx_mimo.experts.header import read_header
+from mlx_mimo.models.config import ModelArgs
+from mlx_mimo.plan import make_plan, subject_of
+from mlx_mimo.runtime import load, model_checks, released
+from mlx_mimo.runtime.budget import measure
 from mlx_mimo.runtime.checks import FAILED, OK, SKIPPED, WARNING, disk_kind, mac_disk_kind
+from mlx_mimo.runtime.machine import GIB, imagined
+from mlx_mimo.runtime.model_checks import CHUNK, CONTEXT, Headers
 
 MACHINE = [
     "python",
@@ -33,6 +43,8 @@ DIRECTORY = [
     "model.tokenizer",
     "model.complete",
     "model.hashes",
+    "model.memory",
+    "model.speed",
 ]
 
 
@@ -123,9 +135,134 @@ def test_an_fp8_checkpoint_is_told_how_to_convert(capsys):
 
 
 def test_wrong_command_lines():
-    for arguments in (["--deep"], ["/no/such/directory"]):
+    for arguments in (["--deep"], ["/no/such/directory"], ["--sim-memory", "lots"], ["--sim-ssd", "quick"]):
         with pytest.raises(UsageError):
             doctor(build_parser().parse_args(arguments))
+
+
+def preview(capsys, directory, *arguments) -> dict:
+    return run_doctor(capsys, directory, *arguments)[1]
+
+
+def sparse_release(path) -> None:
+    """The converted release at 4 bits, every header true and every weight a hole: 177 GB that take no room."""
+    config = released.CONFIG
+    wanted = shapes.trunk_shapes(config)
+    for layer in shapes.moe_layers(config):
+        wanted += shapes.expert_shapes(config, layer)
+    conversion = plan_conversion(config, [shape.name for shape in wanted], named("4bit"))
+    path.mkdir()
+    for output in conversion.files:
+        with open(path / output.name, "wb") as file:
+            file.write(output.header)
+            file.truncate(len(output.header) + sum(stored.nbytes for item in output.items for stored in item.stored))
+    (path / "model.safetensors.index.json").write_bytes(manifest.dump(manifest.index_json(conversion)))
+    (path / "config.json").write_bytes(manifest.dump(manifest.config_json(conversion)))
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    path = tmp_path_factory.mktemp("doctor") / "release"
+    sparse_release(path)
+    return path
+
+
+@pytest.mark.parametrize(("gib", "disk", "bandwidth"), [(48, 6, 273), (256, 7, 819)])
+def test_another_machine_is_previewed_as_plan_sees_it(release, capsys, gib, disk, bandwidth):
+    """The same flags, the same slots and speed: doctor on the files, plan on the released config."""
+    flags = ["--sim-memory", f"{gib}GiB", "--sim-ssd", f"{disk}GB/s", "--sim-bandwidth", f"{bandwidth}GB/s"]
+    checks = preview(capsys, release, *flags)
+    machine = imagined("", gib * GIB, disk * 1e9, bandwidth * 1e9)
+    planned = make_plan(subject_of(None, "4bit"), ModelArgs.from_dict(released.CONFIG), 32768, machine).forecast
+    assert checks["model.memory"]["found"].startswith(f"{planned.slots:,} of 12,032 experts resident")
+    assert f"decode {planned.decode_tps.expected:.1f} tokens/s" in checks["model.speed"]["found"]
+    assert checks["model.memory"]["status"] == checks["model.speed"]["status"] == OK
+    for name in ("backend", "memory", "limits.working_set", "disk.speed"):
+        assert checks[name]["found"].endswith("simulated"), checks[name]
+    assert checks["backend"]["found"].startswith("metal")
+
+
+def test_a_machine_too_small_fails_and_says_what_would_help(release, capsys):
+    code, checks = run_doctor(capsys, release, "--sim-memory", "16GiB")
+    assert code == 1
+    assert checks["model.memory"]["status"] == FAILED
+    assert "before the first expert" in checks["model.memory"]["found"]
+    assert f"mlx_mimo plan --model {release}" in checks["model.memory"]["hint"]
+    assert checks["model.speed"]["status"] == SKIPPED
+
+
+def test_few_slots_and_a_slow_disk_are_warned_of(release, capsys):
+    checks = preview(capsys, release, "--sim-memory", "24GiB", "--sim-ssd", "900MB/s", "--sim-bandwidth", "100GB/s")
+    assert checks["model.memory"]["status"] == WARNING
+    assert "one token uses 376" in checks["model.memory"]["found"]
+    assert checks["disk.speed"]["status"] == checks["model.speed"]["status"] == WARNING
+
+
+def test_one_fact_of_this_machine_can_be_replaced(directory, capsys):
+    checks = preview(capsys, directory, "--sim-available", "8GB", "--sim-ssd", "500MB/s")
+    assert "8.0 GB free, simulated" in checks["memory"]["found"]
+    assert checks["disk.speed"]["status"] == WARNING
+    assert checks["disk.kind"]["status"] == SKIPPED
+    assert checks["model.memory"]["status"] == OK
+    assert "simulated" not in checks["limits.working_set"]["found"]
+    fewer = preview(capsys, directory, "--sim-available", "1MB")
+    assert fewer["model.memory"]["status"] == FAILED
+
+
+def test_the_json_says_what_was_simulated(directory, capsys):
+    doctor(build_parser().parse_args([str(directory), "--json"]))
+    assert json.loads(capsys.readouterr().out)["simulated"] == {}
+    doctor(build_parser().parse_args([str(directory), "--json", "--sim-memory", "64GB", "--sim-backend", "cpu"]))
+    assert json.loads(capsys.readouterr().out)["simulated"] == {"memory": 64 * 10**9, "backend": "cpu"}
+
+
+def test_a_cpu_is_previewed_with_what_float32_takes(release, capsys):
+    """The same memory holds fewer experts: the CPU runs its trunk, caches and activations in float32."""
+    flags, found = ["--sim-memory", "128GB", "--sim-available", "96GB"], {}
+    for backend in ("metal", "cpu"):
+        text = preview(capsys, release, *flags, "--sim-backend", backend)["model.memory"]["found"]
+        found[backend] = int(text.split()[0].replace(",", ""))
+    assert found["cpu"] < found["metal"]
+
+
+def test_stacked_experts_must_all_fit(tmp_path, capsys):
+    import mlx.core as mx
+
+    source = converted_directory()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, tmp_path)
+    weights = {}
+    for file in source.glob("model-trunk-*.safetensors"):
+        weights |= mx.load(str(file))
+    for layer, file in enumerate(sorted(source.glob("model-experts-*.safetensors")), 1):
+        experts = mx.load(str(file))
+        tensors = {name.split(".experts.")[1].partition(".")[2] for name in experts}
+        for tensor in tensors:
+            rows = [
+                experts[f"model.layers.{layer}.mlp.experts.{e}.{tensor}"] for e in range(len(experts) // len(tensors))
+            ]
+            weights[f"model.layers.{layer}.mlp.switch_mlp.{tensor}"] = mx.stack(rows)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    checks = preview(capsys, tmp_path, "--sim-memory", "64GB")
+    assert checks["model.experts"]["status"] == WARNING
+    assert "(100%)" in checks["model.memory"]["found"]
+    code, checks = run_doctor(capsys, tmp_path, "--sim-memory", "64GB", "--sim-available", "1MB")
+    assert code == 1
+    assert "stacked experts must all be resident" in checks["model.memory"]["found"]
+
+
+def test_doctor_leaves_the_room_that_auto_leaves(release):
+    assert (CONTEXT, CHUNK) == (load.CONTEXT, load.PREFILL_CHUNK)
+    args = ModelArgs.from_dict(released.CONFIG)
+    assert Headers(release).budget(args, 2) == measure(release, args, CONTEXT, CHUNK, 2, 2)
+
+
+def test_each_header_is_read_once(directory, capsys, monkeypatch):
+    """The released model's headers name 108,000 tensors: reading them is most of doctor's time."""
+    read = []
+    monkeypatch.setattr(model_checks, "read_header", lambda path: read.append(path.name) or read_header(path))
+    assert run_doctor(capsys, directory)[0] == 0
+    assert sorted(read) == sorted(path.name for path in directory.glob("model*.safetensors"))
 
 
 def test_the_lines_name_id_and_hint(directory, capsys):

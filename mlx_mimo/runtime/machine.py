@@ -8,10 +8,10 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .budget import GB
+from .budget import GB, format_size
 
 GIB = 2**30
 ASSUMED_DISK = 3.0 * GB  # bytes a second, where nothing was measured
@@ -43,6 +43,22 @@ class Machine:
     def item_bytes(self) -> int:
         """Of an activation, and of a 16-bit parameter: the CPU runs float32."""
         return 4 if self.backend == "cpu" else 2
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is said of a machine on the command line; None is what this one has."""
+
+    memory: int | None = None
+    available: int | None = None
+    disk: float | None = None
+    bandwidth: float | None = None
+    backend: str | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """With other memory it is another machine: nothing of this one says anything about it."""
+        return self.memory is not None
 
 
 def working_set(memory: int) -> int:
@@ -126,6 +142,18 @@ def this_machine(files: Sequence[Path] = ()) -> Machine:
         known * GB if known else copy_speed(),
         "typical" if known else "measured",
     )
+
+
+def machine_with(given: Given, files: Sequence[Path] = ()) -> Machine:
+    """The machine that is described, else this one; its disk is measured on `files` unless it is given."""
+    if given.elsewhere:
+        name = f"a machine of {format_size(given.memory)}"
+        backend = given.backend or "metal"
+        return imagined(name, given.memory, given.disk, given.bandwidth, given.available, backend)
+    machine = this_machine(() if given.disk else files)
+    changes = {name: getattr(given, name) for name in ("available", "disk", "bandwidth", "backend")}
+    changes |= {f"{name}_from": "given" for name in ("disk", "bandwidth") if changes[name]}
+    return replace(machine, **{name: value for name, value in changes.items() if value is not None})
 
 
 def backend_and_limits() -> tuple[str, dict]:
