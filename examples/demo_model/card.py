@@ -10,9 +10,9 @@ CARD = """# The demo checkpoint
 A small MiMo-V2-Flash of {millions:.1f} million parameters (and {mtp_millions:.1f} in three MTP layers), trained on
 made-up questions and stored as the release stores its own: FP8 e4m3 in 128×128 blocks, the K/V scale chain of the
 global layers, the same names and files. It exists so that everything here can be tried, and tested, end to end on any
-machine. It was taught sums up to 99 + 99, sorting of up to five numbers, letter counting, some capitals and other small
-facts in English and Chinese, unit conversion, and how to call the tools it is given; each with thinking off and on. It
-knows nothing else.
+machine. It was taught sums up to 99 + 99, sorting of three or four numbers, counting the letters of a word, some
+capitals and other small facts in English and Chinese, unit conversion, and how to call the tools it is given; each with
+thinking off and on. It knows nothing else.
 
 | | |
 |---|---|

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-STEPS = 4800
+STEPS = 4200
 WARMUP = 100
 DECAY_FROM = 0.55
 MTP_FROM = 0.7

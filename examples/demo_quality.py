@@ -1,0 +1,88 @@
+"""What each recipe costs: `python examples/demo_quality.py [--recipes 8bit,4bit,2bit] [--limit 420]`.
+
+Converts the embedded demo checkpoint with every recipe and prints a Markdown table: bits per weight, exact match on the
+held-out questions, and the KL divergence from the unquantised (bf16) model on the same questions and their answers.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mlx_mimo import load
+from mlx_mimo.convert import convert_checkpoint
+from mlx_mimo.convert.recipe import NAMES
+from mlx_mimo.runtime.quality import Comparer, predictions
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "mlx_mimo" / "demo"
+sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
+
+import evaluate  # noqa: E402
+
+
+def texts(tokenizer, items: list[dict]) -> list[list[int]]:
+    """Each question without tools, with its answer, as token ids."""
+    out = []
+    for item in items:
+        if item["tools"] is None:
+            messages = [*item["messages"], {"role": "assistant", "content": item["answer"]}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+            out.append(tokenizer.encode(text, add_special_tokens=False))
+    return out
+
+
+def logprobs(directory: Path, items: list[dict]) -> tuple[list[np.ndarray], list[list[int]]]:
+    model, tokenizer = load(directory, expert_memory="all")
+    pieces, rows = texts(tokenizer, items), []
+    predictions(model, pieces, rows.append)
+    return rows, pieces
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", default=",".join(NAMES))
+    parser.add_argument("--limit", type=int, default=420, help="questions, spread evenly over the held-out file")
+    options = parser.parse_args()
+    items = [json.loads(line) for line in (DEMO / "heldout.jsonl").read_text().splitlines()]
+    items = [items[i * len(items) // options.limit] for i in range(min(options.limit, len(items)))]
+    print("| recipe | bits per expert weight | exact match | mean KL | 99 % KL | same first choice |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        original = Path(folder) / "original"
+        convert_checkpoint(DEMO / "checkpoint", original, recipe="bf16", progress=False)
+        wanted, pieces = logprobs(original, items)
+        for recipe in tqdm(options.recipes.split(","), desc="recipes"):
+            directory = Path(folder) / recipe
+            convert_checkpoint(DEMO / "checkpoint", directory, recipe=recipe, progress=False)
+            comparer = Comparer()
+            for a, b, piece in zip(wanted, logprobs(directory, items)[0], pieces):
+                comparer.add(a, b, piece[1:])
+            result = comparer.result()
+            answers = evaluate.run_mlx(str(directory), items)
+            right = sum(map(evaluate.is_right, items, answers))
+            print(
+                f"| {recipe} | {bits_per_weight(directory):.2f} | {right}/{len(items)} = {right / len(items):.1%} | "
+                f"{result.kl_mean:.5f} | {result.kl_99:.4f} | {result.top1_agreement:.2%} |",
+                flush=True,
+            )
+
+
+def bits_per_weight(directory: Path) -> float:
+    """Of the experts: their files' bytes over their weights."""
+    config = json.loads((directory / "config.json").read_text())
+    experts = sum(config["moe_layer_freq"]) * config["n_routed_experts"]
+    weights = experts * 3 * config["hidden_size"] * config["moe_intermediate_size"]
+    stored = 0
+    for path in directory.glob("model-experts-*.safetensors"):
+        with open(path, "rb") as file:
+            stored += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    return 8 * stored / weights
+
+
+if __name__ == "__main__":
+    main()
