@@ -180,6 +180,7 @@ def test_another_machine_is_previewed_as_plan_sees_it(release, capsys, gib, disk
     for name in ("backend", "memory", "limits.working_set", "disk.speed"):
         assert checks[name]["found"].endswith("simulated"), checks[name]
     assert checks["backend"]["found"].startswith("metal")
+    assert checks["limits.buffer"]["found"] == "not known of another machine"
 
 
 def test_a_machine_too_small_fails_and_says_what_would_help(release, capsys):

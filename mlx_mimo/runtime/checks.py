@@ -49,7 +49,11 @@ def machine_checks(given: Given = HERE) -> Iterator[Check]:
         memory = psutil.virtual_memory()
         yield _memory(memory.total, given.available or memory.available, SIMULATED if given.available else "")
         yield _working_set(backend, limits)
-    yield _buffers(backend, limits)
+    yield (
+        Check("limits.buffer", SKIPPED, "not known of another machine")
+        if given.elsewhere
+        else _buffers(backend, limits)
+    )
     yield _open_files()
 
 
