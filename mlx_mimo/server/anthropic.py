@@ -20,10 +20,12 @@ _PLAIN = {
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-def as_chat(body: dict) -> dict:
-    """The body of the chat completion that a message request amounts to. Raises RequestError naming the field."""
+def as_chat(body: dict, counting: bool = False) -> dict:
+    """The body of the chat completion that a message request amounts to, or of one whose tokens are only to be
+    counted. Raises RequestError naming the field.
+    """
     chat: dict[str, Any] = {}
-    for name in ("max_tokens", "messages"):
+    for name in ("messages",) if counting else ("max_tokens", "messages"):
         if body.get(name) is None:
             raise refuse(name, "expected, nothing found")
     messages = [] if body.get("system") is None else [{"role": "system", "content": _text("system", body["system"])}]
@@ -42,10 +44,7 @@ def as_chat(body: dict) -> dict:
         elif name == "tools":
             chat["tools"] = _tools(value)
         elif name == "tool_choice":
-            kind = value.get("type") if isinstance(value, dict) else None
-            if kind not in ("auto", "none") or value.get("disable_parallel_tool_use"):
-                raise refuse(name, "type auto or none expected")
-            chat["tool_choice"] = kind
+            chat |= _tool_choice(value)
         elif name == "thinking":
             kind = value.get("type") if isinstance(value, dict) else None
             if kind not in ("enabled", "disabled", "adaptive"):
@@ -114,6 +113,17 @@ def _tools(value: Any) -> list[dict]:
         function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
         tools.append({"type": "function", "function": function | {"description": tool.get("description") or ""}})
     return tools
+
+
+def _tool_choice(value: Any) -> dict:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("auto", "none", "any", "tool"):
+        raise refuse("tool_choice", "type auto, any, tool or none expected")
+    alone = boolean("tool_choice.disable_parallel_tool_use", value.get("disable_parallel_tool_use", False))
+    if kind == "tool":
+        named = {"name": text("tool_choice.name", value.get("name"))}
+        return {"tool_choice": {"type": "function", "function": named}, "parallel_tool_calls": not alone}
+    return {"tool_choice": "required" if kind == "any" else kind, "parallel_tool_calls": not alone}
 
 
 def usage(prompt_tokens: int, cached_tokens: int, tokens: int) -> dict:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from mlx_lm.generate import TextStateMachine
 from mlx_lm.server import GenerationContext, Response
 
+from .tool_choice import ToolChoice
+
 
 @dataclass
 class Delta:
@@ -50,14 +52,15 @@ class StopText:
 
 
 def deltas(
-    context: GenerationContext, responses: Iterable[Response], stop: list[str], tools: list[dict] | None, chat: bool
+    context: GenerationContext, responses: Iterable[Response], stop: list[str], choice: ToolChoice, chat: bool
 ) -> Iterator[Delta]:
-    """One Delta a token; the last has a finish_reason. A stop word found in the content ends the generation.
+    """One Delta a token; the last has a finish_reason. A stop word found in the content ends the generation, and so
+    does the first call of a tool where one alone is wanted.
 
-    Without `chat` text is content, whatever it contains. Without `tools` so is what looks like a call of one.
+    Without `chat` text is content, whatever it contains. Without tools so is what looks like a call of one.
     """
     state = context.text_sm.make_state(context.initial_state)
-    stopper, previous, call_text, called = StopText(stop), context.initial_state, "", False
+    stopper, previous, call_text, called, after_call = StopText(stop), context.initial_state, "", False, False
     for response in responses:
         delta = Delta(token=response, finish_reason=response.finish_reason)
         if chat:
@@ -69,17 +72,22 @@ def deltas(
             pieces = [("normal", response.text)]
         for name, text in pieces:
             if previous == "tool" and name != "tool":
-                _close_call(delta, context, call_text, tools)
-                call_text = ""
+                _close_call(delta, context, call_text, choice, "</tool_call>")
+                call_text, after_call = "", bool(delta.tool_calls)
+                if delta.tool_calls and not choice.parallel:
+                    delta.finish_reason, previous = "stop", name
+                    context.stop()
+                    break
             if name == "reasoning":
                 delta.reasoning += text
             elif name == "tool":
                 call_text += text
-            else:
+            elif not after_call or text.strip():  # without the line breaks between calls
                 delta.content += text
+                after_call = False
             previous = name
         if response.finish_reason and previous == "tool":
-            _close_call(delta, context, call_text, tools)
+            _close_call(delta, context, call_text, choice, "")
         delta.content, delta.stop_word = stopper.push(delta.content)
         if delta.finish_reason and delta.stop_word is None:
             delta.content += stopper.flush()
@@ -94,16 +102,16 @@ def deltas(
             return
 
 
-def _close_call(delta: Delta, context: GenerationContext, text: str, tools: list[dict] | None) -> None:
-    """Turns the text between the markers into calls; what is none stays visible as content."""
+def _close_call(delta: Delta, context: GenerationContext, text: str, choice: ToolChoice, end: str) -> None:
+    """Turns the text between the markers into calls; what is none stays visible as content, with the `end` it had."""
     calls = None
-    if tools:
+    if choice.tools:
         try:
-            calls = context.tool_parser(text, tools)
+            calls = context.tool_parser(text, choice.tools)
         except (ValueError, KeyError, TypeError, AttributeError):
             calls = None
     if calls is None:
-        delta.content += f"<tool_call>{text}</tool_call>"
+        delta.content += f"<tool_call>{text}{end}"
         return
     for call in calls if isinstance(calls, list) else [calls]:
         arguments = json.dumps(call["arguments"], ensure_ascii=False)

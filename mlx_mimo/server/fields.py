@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .errors import RequestError
 
 Check = Callable[[str, Any], Any]
+MOST_CHOICES = 16
 _TEMPLATE_PARAMETERS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
 
@@ -129,7 +130,7 @@ _SAMPLING: dict[str, Check] = {
     "seed": integer(0, 2**63 - 1),
     "stop": stop,
     "max_tokens": integer(1, 10_000_000),
-    "n": only(1),
+    "n": integer(1, MOST_CHOICES),
     "stream": boolean,
     "stream_options": stream_options,
     "user": label,
@@ -138,20 +139,22 @@ _SAMPLING: dict[str, Check] = {
 
 
 def table(chat: bool) -> dict[str, Check]:
-    """The fields of a chat or text completion; `messages`, `prompt`, `tools` and formats have checks of their own."""
+    """The fields of a chat or text completion; messages, prompt, tools, their choice and formats have checks of their
+    own.
+    """
     if not chat:
         return _SAMPLING | {
             "prompt": _anything,
             "logprobs": integer(0, 20),
             "echo": only(False),
-            "best_of": only(1),
+            "best_of": integer(1, MOST_CHOICES),
             "suffix": only(""),
         }
     return _SAMPLING | {
         "messages": _anything,
         "tools": _anything,
-        "tool_choice": only("auto", "none"),
-        "parallel_tool_calls": only(True),
+        "tool_choice": _anything,
+        "parallel_tool_calls": boolean,
         "response_format": _anything,
         "max_completion_tokens": integer(1, 10_000_000),
         "logprobs": boolean,
@@ -186,6 +189,8 @@ def read(body: dict, chat: bool) -> dict:
         raise refuse("stream_options", "only with stream: true")
     if values.get("top_logprobs") is not None and not values.get("logprobs") and chat:
         raise refuse("top_logprobs", "only with logprobs: true")
+    if values.get("best_of", 1) not in (1, values.get("n", 1)):
+        raise refuse("best_of", "as many as n expected: nothing is thrown away here")
     return values
 
 

@@ -1,4 +1,4 @@
-"""`response_format`: the answer is made to fit a JSON schema by masking tokens, with llguidance."""
+"""`response_format` and forced calls: the answer is made to fit a grammar by masking tokens, with llguidance."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from . import tool_choice
 from .fields import refuse
+from .tool_choice import ToolChoice
 
 
 @dataclass(frozen=True)
@@ -21,36 +23,91 @@ class Grammar:
         return Masking(self.text, _lexer(tokenizer._tokenizer, vocab_size), vocab_size)
 
 
-def read(value: Any) -> Grammar | None:
-    """The grammar of a request's response_format; None for plain text. Raises RequestError."""
-    from llguidance import LLMatcher
-
+def read(value: Any) -> dict | None:
+    """The JSON schema of a request's response_format; None for plain text. Raises RequestError."""
     if value is None:
         return None
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "text":
         return None
     if kind == "json_object":
-        schema: Any = {"type": "object"}
-    elif kind == "json_schema":
-        wrapper = value.get("json_schema")
-        schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
-        if not isinstance(schema, dict):
-            raise refuse("response_format.json_schema.schema", "a JSON schema expected")
-    else:
+        return {"type": "object"}
+    if kind != "json_schema":
         raise refuse("response_format.type", "text, json_object or json_schema expected")
+    wrapper = value.get("json_schema")
+    schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
+    if not isinstance(schema, dict):
+        raise refuse("response_format.json_schema.schema", "a JSON schema expected")
+    return schema
+
+
+def build(schema: dict | None, choice: ToolChoice, thinking: bool, tokenizer) -> Grammar | None:
+    """The grammar of an answer: thoughts where it may think, then JSON of the schema or calls of tools.
+
+    None where anything goes. Raises RequestError naming the field that cannot be followed.
+    """
+    if schema is None and not choice.forced:
+        return None
+    if choice.forced and not _writes_calls_as_mimo(tokenizer):
+        raise refuse("tool_choice", "auto or none expected: this model does not write calls as MiMo does")
+
+    def marker(tag: str) -> str:
+        """llguidance wants a token that was added to the vocabulary by its number, not as the text that it is."""
+        token = tokenizer.get_added_vocab().get(tag)
+        return json.dumps(tag) if token is None else f"<[{token}]>"
+
+    functions = choice.forced or tuple(tool["function"] for tool in choice.tools or ())
+    bodies, lines = [], []
+    if schema is not None and not choice.forced:
+        bodies.append("answer")
+        lines.append(f"answer: %json {_schema(schema)}\n")
+    if functions:
+        bodies.append("calls")
+        lines.append(tool_choice.rules(functions, choice.parallel, marker))
+    if thinking:
+        lines.append(_thoughts(marker("<think>"), marker("</think>")))
+    start = f"start: {'thoughts? ' if thinking else ''}({' | '.join(bodies)})\n"
+    return _checked(start + "".join(lines), "tools" if choice.forced else "response_format")
+
+
+def _writes_calls_as_mimo(tokenizer) -> bool:
+    parser = tokenizer.tool_parser
+    return parser is not None and parser.__module__.endswith(".qwen3_coder")
+
+
+def _schema(schema: dict) -> str:
     try:
-        text = json.dumps(schema)
-        if len(text) > 100_000:
-            raise refuse("response_format", "a schema of at most 100,000 characters expected")
         # White space between tokens would let a model go on for ever.
-        grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+        text = json.dumps(schema | {"x-guidance": {"whitespace_flexible": False}})
     except (ValueError, RecursionError) as error:
         raise refuse("response_format", f"not a schema that can be followed: {error}") from None
-    fault = LLMatcher.validate_grammar(grammar, None)
+    if len(text) > 100_000:
+        raise refuse("response_format", "a schema of at most 100,000 characters expected")
+    return text
+
+
+def _thoughts(begin: str, end: str) -> str:
+    if end.startswith("<["):
+        return f"thoughts: {begin} /(?s:.*)/ {end}\n"  # text that holds no such token
+    return rf"thoughts: {begin} thought" + "\n" + r"thought[lazy]: /(?s:.*)<\/think>/" + "\n"
+
+
+def _checked(text: str, name: str) -> Grammar:
+    from llguidance import LLMatcher
+
+    try:
+        grammar = LLMatcher.grammar_from_lark(text)
+        fault = LLMatcher.validate_grammar(grammar, None)
+    except (ValueError, RecursionError) as error:
+        fault = str(error)
     if fault:
-        raise refuse("response_format", f"not a schema that can be followed: {fault}")
+        raise refuse(name, f"not a schema that can be followed: {_brief(fault)}")
     return Grammar(grammar)
+
+
+def _brief(fault: str) -> str:
+    """llguidance's complaint without the grammar that it prints beneath."""
+    return " ".join(fault.partition("\n   1 |")[0].split())[:300]
 
 
 class Masking:
@@ -75,7 +132,7 @@ class Masking:
         fill_next_token_bitmask(self.matcher, self.mask)
         fault = self.matcher.get_error()
         if fault:
-            raise ValueError(f"response_format: {fault}")
+            raise ValueError(f"the answer's grammar: {fault}")
         allowed = np.unpackbits(self.mask.view(np.uint8), bitorder="little")[: self.vocab_size].astype(bool)
         return mx.where(mx.array(allowed), logits, -mx.inf)
 

@@ -1,30 +1,19 @@
-"""Routes, and OpenAI's form of requests and answers."""
+"""Routes, and what requests ask for."""
 
-import json
 import logging
-import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from mlx_lm.server import (
-    APIHandler,
-    CompletionRequest,
-    LogitsProcessorArguments,
-    ModelDescription,
-    SamplingArguments,
-)
+from mlx_lm.server import CompletionRequest, LogitsProcessorArguments, ModelDescription, SamplingArguments
 
-from . import anthropic, fields, grammar, messages, residency_page
+from . import anthropic, fields, grammar, messages, residency_page, tool_choice
 from .access import Access
-from .completion import Delta, deltas
-from .connection import JsonHandler
+from .answers import Answers
 from .errors import Disconnected, RequestError
 from .metrics import Metrics
+from .tool_choice import ToolChoice
 from .worker import Arguments, Worker, wait_until
-
-KEEP_ALIVE = b": working\n\n"
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,7 @@ class Site:
     created: int
 
 
-class Handler(JsonHandler, APIHandler):
+class Handler(Answers):
     """mlx-lm's handler with our checks before it and our streams behind it."""
 
     def __init__(self, site: Site, *args):
@@ -69,6 +58,7 @@ class Handler(JsonHandler, APIHandler):
                 "/chat/completions": self.post_chat,
                 "/v1/completions": self.post_text,
                 "/v1/messages": self.post_message,
+                "/v1/messages/count_tokens": self.post_count,
             }
         )
 
@@ -127,7 +117,7 @@ class Handler(JsonHandler, APIHandler):
 
     @property
     def _is_anthropic(self) -> bool:
-        return urlsplit(self.path).path == "/v1/messages"
+        return urlsplit(self.path).path in ("/v1/messages", "/v1/messages/count_tokens")
 
     def _error_body(self, error: RequestError) -> bytes:
         return anthropic.error_body(error) if self._is_anthropic else error.body()
@@ -164,61 +154,70 @@ class Handler(JsonHandler, APIHandler):
 
     def get_residency_events(self) -> None:
         """A snapshot a second, until the page is closed or the server stops."""
-        self.begin("text/event-stream", 200, {"Cache-Control": "no-cache"})
+        self.begin_stream()
         worker = self.site.worker
         while self.connected() and not worker.draining:
             state = residency_page.snapshot(worker)
-            self._event(state | {"tokens": self.site.metrics.tokens._value.get()})
+            self.event(state | {"tokens": self.site.metrics.tokens._value.get()})
             wait_until(lambda: worker.draining, residency_page.SECONDS)
 
     # Requests
 
     def post_chat(self) -> None:
         values = self._values(chat=True)
-        tools = messages.tools(values.get("tools"))
-        if values.get("tool_choice") == "none":
-            tools = None
-        answer_format = grammar.read(values.get("response_format"))
-        template = dict(values.get("chat_template_kwargs", {}))
-        if "reasoning_effort" in values:
-            template.setdefault("enable_thinking", values["reasoning_effort"] != "none")
-        if answer_format is not None and (tools or template.get("enable_thinking")):
-            raise fields.refuse("response_format", "not together with tools or thinking")
-        request = CompletionRequest("chat", "", messages.messages(values.get("messages")), tools, None)
-        top = values.get("top_logprobs", 0)
-        arguments = self._arguments(values, values.get("logprobs", False), top, template, answer_format)
+        request, choice = self._chat(values)
+        schema = grammar.read(values.get("response_format"))
+        arguments = self._arguments(values, values.get("logprobs", False), values.get("top_logprobs", 0))
+        arguments.grammar = self._grammar(schema, choice, arguments)
         self.request_id = f"chatcmpl-{uuid.uuid4().hex}"
         self.object_type = "chat.completion.chunk" if self.stream else "chat.completion"
-        self._complete(request, arguments, values)
+        self.complete(request, arguments, values, choice)
 
     def post_text(self) -> None:
         values = self._values(chat=False)
         prompt = messages.prompt(values.get("prompt"), self.site.worker.model_provider.model.args.vocab_size)
         request = CompletionRequest("text", prompt, [], None, None)
         top = values.get("logprobs")
-        arguments = self._arguments(values, top is not None, top or 0, {}, None)
+        arguments = self._arguments(values, top is not None, top or 0)
         self.request_id = f"cmpl-{uuid.uuid4().hex}"
         self.object_type = "text_completion"
-        self._complete(request, arguments, values)
+        self.complete(request, arguments, values)
 
     def post_message(self) -> None:
         values = self._values(chat=True, body=anthropic.as_chat(self.read_body()))
-        tools = None if values.get("tool_choice") == "none" else messages.tools(values.get("tools"))
-        request = CompletionRequest("chat", "", messages.messages(values["messages"]), tools, None)
-        arguments = self._arguments(values, False, 0, values.get("chat_template_kwargs", {}), None)
-        context, parts = self._deltas(request, arguments, values.get("stop", []))
-        counts = (len(context.prompt), context.prompt_cache_count)
-        message = anthropic.empty_message(self.requested_model, anthropic.usage(*counts, 0))
-        try:
-            if not self.stream:
-                self.send_json(anthropic.whole(parts, message, *counts))
-                return
-            self.begin("text/event-stream", 200, {"Cache-Control": "no-cache"})
-            for event in anthropic.events(parts, message, *counts):
-                self.wfile.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
-                self.wfile.flush()
-        finally:
-            context.stop()
+        request, choice = self._chat(values)
+        arguments = self._arguments(values, False, 0)
+        arguments.grammar = self._grammar(None, choice, arguments)
+        with self.site.worker.place():
+            generation = self.generation(request, arguments, values.get("stop", []), choice)
+            counts = generation.prompt_tokens, generation.cached_tokens
+            message = anthropic.empty_message(self.requested_model, anthropic.usage(*counts, 0))
+            try:
+                if not self.stream:
+                    self.send_json(anthropic.whole(generation.deltas, message, *counts))
+                    return
+                self.begin_stream()
+                for event in anthropic.events(generation.deltas, message, *counts):
+                    self.event(event, event["type"])
+            finally:
+                generation.context.stop()
+
+    def post_count(self) -> None:
+        """How long the prompt of a message would be; nothing is generated."""
+        values = self._values(chat=True, body=anthropic.as_chat(self.read_body(), counting=True))
+        request, _ = self._chat(values)
+        arguments = self._arguments(values, False, 0)
+        self.send_json({"input_tokens": self.site.worker.count(request, arguments)})
+
+    def _chat(self, values: dict) -> tuple[CompletionRequest, ToolChoice]:
+        tools = messages.tools(values.get("tools"))
+        choice = tool_choice.read(tools, values.get("tool_choice"), values.get("parallel_tool_calls", True))
+        return CompletionRequest("chat", "", messages.messages(values.get("messages")), choice.tools, None), choice
+
+    def _grammar(self, schema: dict | None, choice: ToolChoice, arguments: Arguments) -> grammar.Grammar | None:
+        template = self.site.worker.cli_args.chat_template_args | arguments.chat_template_kwargs
+        tokenizer = self.site.worker.model_provider.tokenizer
+        return grammar.build(schema, choice, bool(template.get("enable_thinking")), tokenizer)
 
     def _values(self, chat: bool, body: dict | None = None) -> dict:
         """The body's checked fields, and the model's name compared."""
@@ -237,9 +236,10 @@ class Handler(JsonHandler, APIHandler):
         self.stream = values.get("stream", False)
         return values
 
-    def _arguments(
-        self, values: dict, logprobs: bool, top: int, template: dict, answer_format: grammar.Grammar | None
-    ) -> Arguments:
+    def _arguments(self, values: dict, logprobs: bool, top: int) -> Arguments:
+        template = dict(values.get("chat_template_kwargs", {}))
+        if "reasoning_effort" in values:
+            template.setdefault("enable_thinking", values["reasoning_effort"] != "none")
         defaults = self.site.worker.cli_args
         vocabulary = self.site.worker.model_provider.model.args.vocab_size
         if any(token >= vocabulary for token in values.get("logit_bias", ())):
@@ -276,107 +276,4 @@ class Handler(JsonHandler, APIHandler):
             top_logprobs=top,
             seed=values.get("seed"),
             chat_template_kwargs=template,
-            grammar=answer_format,
         )
-
-    # Answers
-
-    def _deltas(self, request: CompletionRequest, arguments: Arguments, stop: list[str]) -> tuple:
-        """(context, iterator of Delta) of a running generation."""
-        began = time.perf_counter()
-        metrics = self.site.metrics
-        context, responses = self.site.worker.generate(request, arguments, self._progress, self.connected)
-        metrics.prompt_tokens.inc(len(context.prompt))
-        metrics.cached_tokens.inc(max(0, context.prompt_cache_count))
-        timed = metrics.timed(responses, began)
-        return context, deltas(context, timed, stop, request.tools, request.request_type == "chat")
-
-    def _progress(self, done: int, total: int) -> None:
-        """Shows a streaming client, and whatever is between, that its prompt is being read."""
-        if self.answered:
-            self.wfile.write(KEEP_ALIVE)
-            self.wfile.flush()
-
-    def _complete(self, request: CompletionRequest, arguments: Arguments, values: dict) -> None:
-        self.created = int(time.time())
-        context, parts = self._deltas(request, arguments, values.get("stop", []))
-        try:
-            if self.stream:
-                self._stream(context, parts, arguments, values.get("stream_options", {}).get("include_usage", False))
-            else:
-                self._whole(context, parts, arguments)
-        finally:
-            context.stop()
-
-    def _stream(self, context, parts: Iterator[Delta], arguments: Arguments, with_usage: bool) -> None:
-        self.begin("text/event-stream", 200, {"Cache-Control": "no-cache"})
-        count, calls, offset = 0, 0, 0
-        for delta in parts:
-            count += 1
-            if delta.empty and not arguments.logprobs:
-                continue
-            tool_calls = [_call(call) | {"index": calls + i} for i, call in enumerate(delta.tool_calls)]
-            calls += len(tool_calls)
-            body = self._body(delta.content, delta.reasoning, tool_calls, delta.finish_reason)
-            if arguments.logprobs:
-                body["choices"][0]["logprobs"] = self._logprobs([delta.token], arguments, offset)
-                offset += len(delta.token.text)
-            self._event(body)
-        if with_usage:
-            usage = self.completion_usage_response(len(context.prompt), count, context.prompt_cache_count)
-            self._event(usage | {"object": self.object_type})
-        self.wfile.write(b"data: [DONE]\n\n")
-        self.wfile.flush()
-
-    def _event(self, body: dict) -> None:
-        self.wfile.write(f"data: {json.dumps(body)}\n\n".encode())
-        self.wfile.flush()
-
-    def _whole(self, context, parts: Iterator[Delta], arguments: Arguments) -> None:
-        all_parts = list(parts)
-        content = "".join(delta.content for delta in all_parts)
-        reasoning = "".join(delta.reasoning for delta in all_parts)
-        calls = [_call(call) for delta in all_parts for call in delta.tool_calls]
-        reason = all_parts[-1].finish_reason if all_parts else "stop"
-        counts = (len(context.prompt), len(all_parts), context.prompt_cache_count)
-        body = self._body(content, reasoning, calls, reason, counts)
-        if arguments.logprobs:
-            body["choices"][0]["logprobs"] = self._logprobs([delta.token for delta in all_parts], arguments, 0)
-        self.send_json(body)
-
-    def _body(self, content: str, reasoning: str, calls: list[dict], reason: str | None, counts=(None,) * 3) -> dict:
-        """mlx-lm's response, with the reasoning under the name that other clients look for, too."""
-        body = self.generate_response(content, reason, *counts, tool_calls=calls, reasoning_text=reasoning)
-        message = body["choices"][0].get("delta") or body["choices"][0].get("message")
-        if reasoning and message is not None:
-            message["reasoning_content"] = reasoning
-        return body
-
-    def _logprobs(self, tokens: list, arguments: Arguments, offset: int) -> dict:
-        entries = []
-        for response in tokens:
-            top = sorted(response.top_tokens, key=lambda item: -item["logprob"])
-            entry = self._named(response.token, response.logprob)
-            entries.append(entry | {"top_logprobs": [self._named(item["id"], item["logprob"]) for item in top]})
-        if self.object_type != "text_completion":
-            return {"content": entries, "refusal": None}
-        offsets = []
-        for response in tokens:
-            offsets.append(offset)
-            offset += len(response.text)
-        return {
-            "tokens": [entry["token"] for entry in entries],
-            "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": [{item["token"]: item["logprob"] for item in e["top_logprobs"]} for e in entries],
-            "text_offset": offsets,
-        }
-
-    def _named(self, token: int, logprob: float) -> dict:
-        text = self.site.worker.model_provider.tokenizer.decode([token])
-        # JSON has no infinity: a masked token's probability is one that never happens.
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
-
-
-def _call(call: dict) -> dict:
-    function = {"name": call["name"], "arguments": call["arguments"]}
-    return {"id": call["id"], "type": "function", "function": function}

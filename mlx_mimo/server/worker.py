@@ -2,6 +2,8 @@
 more work than it can queue.
 """
 
+import contextlib
+import copy
 import logging
 import threading
 import time
@@ -76,8 +78,12 @@ class Worker(ResponseGenerator):
         self.max_prompt_tokens = max_prompt_tokens
         self.load_error: Exception | None = None
         self.draining = False
+        self._places = 0
+        self._cancelled = False
         self._replies: set[Reply] = set()
         self._lock = threading.Lock()
+        self._counting = threading.Lock()
+        self._own_tokenizer = None  # for `count`, made when it is first asked
         super().__init__(provider, prompt_cache)
 
     # For other threads
@@ -88,7 +94,8 @@ class Worker(ResponseGenerator):
 
     @property
     def outstanding(self) -> int:
-        return len(self._replies)
+        """Requests that run or wait."""
+        return self._places
 
     @property
     def queued(self) -> int:
@@ -100,9 +107,32 @@ class Worker(ResponseGenerator):
         return self.cli_args.decode_concurrency if self.model_provider.is_batchable else 1
 
     def cancel_all(self) -> None:
+        """For ever: what has a place is answered with an error."""
+        self._cancelled = True
         with self._lock:
             for reply in self._replies:
                 reply.cancel()
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among the requests that run and wait, held until one is answered, however many sequences it is made
+        of. Raises RequestError when the server is loading, leaving or full.
+        """
+        if not self.is_healthy:
+            state = "shutting down" if self.draining else "loading the model"
+            if self._generation_failed:
+                state = "broken"
+            raise RequestError(503, f"the server is {state}", retry_after_seconds=RETRY_SECONDS)
+        with self._lock:
+            if self._places >= self.capacity + self.max_queue:
+                message = f"{self._places} requests are running or waiting already"
+                raise RequestError(503, message, retry_after_seconds=RETRY_SECONDS)
+            self._places += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._places -= 1
 
     def generate(
         self,
@@ -111,19 +141,12 @@ class Worker(ResponseGenerator):
         progress_callback: Callable[[int, int], None] | None = None,
         connected: Callable[[], bool] = lambda: True,
     ) -> tuple[GenerationContext, Iterator[Response]]:
-        """As mlx-lm's; raises RequestError when the server is loading, leaving or full, and Disconnected."""
-        if not self.is_healthy:
-            state = "shutting down" if self.draining else "loading the model"
-            if self._generation_failed:
-                state = "broken"
-            raise RequestError(503, f"the server is {state}", retry_after_seconds=RETRY_SECONDS)
+        """As mlx-lm's, within a `place`; raises RequestError and Disconnected."""
         reply = Reply()
         with self._lock:
-            if len(self._replies) >= self.capacity + self.max_queue:
-                raise RequestError(
-                    503, f"{len(self._replies)} requests are waiting already", retry_after_seconds=RETRY_SECONDS
-                )
             self._replies.add(reply)
+        if self._cancelled:
+            reply.cancel()
         self.requests.put((reply, request, generation_args))
         try:
             context = self._await(reply, connected)
@@ -149,6 +172,14 @@ class Worker(ResponseGenerator):
                 self._done(reply)
 
         return context, responses()
+
+    def count(self, request: CompletionRequest, args: Arguments) -> int:
+        """Tokens of a request's prompt, be it too long or not. Raises RequestError."""
+        with self._counting:
+            # The generation thread's own tokenizer is not for two threads at a time.
+            if self._own_tokenizer is None:
+                self._own_tokenizer = copy.deepcopy(self.model_provider.tokenizer)
+            return len(self._encode(self._own_tokenizer, request, args)[0])
 
     def _done(self, reply: Reply) -> None:
         reply.cancel()
@@ -203,16 +234,18 @@ class Worker(ResponseGenerator):
 
     def _tokenize(self, tokenizer, request: CompletionRequest, args: Arguments):
         """mlx-lm's (prompt, segments, their types, first state, vision), its length checked."""
-        if request.request_type == "text" and not isinstance(request.prompt, str):
-            found = request.prompt, [request.prompt], ["assistant"], "normal", None
-        else:
-            try:
-                found = super()._tokenize(tokenizer, request, args)
-            except jinja2.TemplateError as error:
-                message = f"messages: the model's chat template refuses them: {error}"
-                raise RequestError(400, message, param="messages") from error
+        found = self._encode(tokenizer, request, args)
         self._check_length(len(found[0]), args)
         return found
+
+    def _encode(self, tokenizer, request: CompletionRequest, args: Arguments):
+        if request.request_type == "text" and not isinstance(request.prompt, str):
+            return request.prompt, [request.prompt], ["assistant"], "normal", None
+        try:
+            return super()._tokenize(tokenizer, request, args)
+        except jinja2.TemplateError as error:
+            message = f"messages: the model's chat template refuses them: {error}"
+            raise RequestError(400, message, param="messages") from error
 
     def _check_length(self, prompt_tokens: int, args: Arguments) -> None:
         context = self.model_provider.model.args.max_position_embeddings

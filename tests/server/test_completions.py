@@ -2,6 +2,7 @@
 
 import json
 
+import openai
 import pytest
 
 USER = [{"role": "user", "content": "hello"}]
@@ -176,3 +177,60 @@ def test_a_schema_is_followed_even_by_random_weights(client, stream):
 def test_json_object_is_an_object(client):
     answer = chat(client, response_format={"type": "json_object"}, logit_bias={"92": 100}, max_tokens=60, temperature=0)
     assert isinstance(json.loads(answer.choices[0].message.content), dict)
+
+
+def test_several_choices_are_several_answers(client):
+    answer = chat(client, n=3, seed=5, temperature=1)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert answer.usage.completion_tokens == 24
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 24
+    again = chat(client, n=2, seed=5, temperature=1)
+    assert [choice.message.content for choice in again.choices] == texts[:2]
+    assert chat(client, seed=6, temperature=1).choices[0].message.content == texts[1]
+
+
+def test_streamed_choices_have_their_index(client):
+    whole = chat(client, n=2, seed=5, temperature=1, logprobs=True)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(chat(client, n=2, seed=5, temperature=1, logprobs=True, **options))
+    for choice in whole.choices:
+        own = [part for chunk in chunks for part in chunk.choices if part.index == choice.index]
+        assert "".join(part.delta.content or "" for part in own) == choice.message.content
+        assert [part.finish_reason for part in own if part.finish_reason] == ["length"]
+        streamed = [entry.logprob for part in own for entry in part.logprobs.content]
+        assert streamed == pytest.approx([entry.logprob for entry in choice.logprobs.content], abs=1e-3)
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 16
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_text_completions_have_several_choices_too(client):
+    answer = client.completions.create(model="tiny", prompt="abc", max_tokens=5, n=2, best_of=2, seed=1, temperature=1)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.choices[0].text != answer.choices[1].text
+    with pytest.raises(openai.BadRequestError, match="best_of"):
+        client.completions.create(model="tiny", prompt="abc", max_tokens=5, n=2, best_of=4)
+
+
+def test_several_choices_take_one_place(server, client, monkeypatch):
+    """Else the second could be turned away when the first is done."""
+    taken = []
+    answer = server.worker._answer
+
+    def seen(*args) -> None:
+        taken.append(server.worker.outstanding)
+        answer(*args)
+
+    monkeypatch.setattr(server.worker, "max_queue", 0)
+    monkeypatch.setattr(server.worker, "_answer", seen)
+    assert len(chat(client, n=3).choices) == 3
+    assert taken == [1, 1, 1]
+
+
+def test_an_answer_in_json_may_follow_thoughts(client, script):
+    script.say('<think>a pet</think>{"kind":"cat","age":3}')
+    answer_format = {"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA}}
+    kwargs = {"chat_template_kwargs": {"enable_thinking": True}}
+    message = chat(client, response_format=answer_format, max_tokens=100, extra_body=kwargs).choices[0].message
+    assert (message.reasoning_content, json.loads(message.content)) == ("a pet", {"kind": "cat", "age": 3})

@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from serving import running_server
 
 from mlx_mimo.errors import UsageError
 from mlx_mimo.server import connection as connection_module
@@ -66,7 +65,7 @@ FIELDS = {
     "min_p": [2],
     "max_tokens": [0, -1, 10**12, 1.5, "5"],
     "max_completion_tokens": [0],
-    "n": [0, 2, 10**9],
+    "n": [0, 17, 10**9, 1.5, "2"],
     "stream": ["yes", 1],
     "stream_options": [{"include_usage": True}, 3],  # without stream
     "stop": [5, [5], [""], ["x"] * 17],
@@ -77,8 +76,8 @@ FIELDS = {
     "presence_penalty": [9],
     "frequency_penalty": ["x"],
     "repetition_penalty": [-1],
-    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
-    "parallel_tool_calls": [False],
+    "tool_choice": ["required", "maybe", {"type": "function", "function": {"name": "f"}}, {"type": "allowed_tools"}],
+    "parallel_tool_calls": ["no", 1],
     "tools": ["x", [5], [{"type": "web_search"}]],
     "response_format": ["json", {"type": "json_schema"}, {"type": "xml"}],
     "chat_template_kwargs": [[], {"enable_thinking": "yes"}, {"tokenize": False}, {"x": {}}],
@@ -307,12 +306,28 @@ def test_one_connection_too_many_is_told_so(server, monkeypatch):
     assert response.headers["Retry-After"] == "5"
 
 
-@pytest.mark.slow
-def test_a_queue_that_is_full_says_when_to_come_back(model_directory):
-    with running_server(model_directory, "--max-queue", "1") as server:
-        with concurrent.futures.ThreadPoolExecutor(20) as pool:
-            answers = list(pool.map(lambda _: post(server, GOOD | {"max_tokens": 30}), range(20)))
-        codes = sorted(answer.status_code for answer in answers)
-        assert set(codes) == {200, 503}
-        assert all(answer.headers["Retry-After"] == "5" for answer in answers if answer.status_code == 503)
-        assert post(server, GOOD).status_code == 200
+def test_a_queue_that_is_full_says_when_to_come_back(server, monkeypatch):
+    """One runs, one waits, and every further one is turned away until there is room again."""
+    go_on = threading.Event()
+    answer = server.worker._answer
+
+    def held(*args) -> None:
+        assert go_on.wait(60)
+        answer(*args)
+
+    monkeypatch.setattr(server.worker, "max_queue", 1)
+    monkeypatch.setattr(server.worker, "_answer", held)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        try:
+            accepted = []
+            for count in (1, 2):
+                accepted.append(pool.submit(post, server, GOOD))
+                assert wait_until(lambda count=count: server.worker.outstanding == count, 60)
+            for _ in range(5):
+                full = post(server, GOOD)
+                refused(full, 503)
+                assert full.headers["Retry-After"] == "5"
+        finally:
+            go_on.set()
+        assert [one.result().status_code for one in accepted] == [200, 200]
+    assert post(server, GOOD).status_code == 200
