@@ -2,7 +2,7 @@
 
     python examples/forecast_check.py [--model DIR | --synthetic SIZE] [--disk-limit SPEED,…] [--expert-memory SHARE,…]
 
-1. A model of random weights is written, unless one is named: 256 experts a layer at half the release's widths, its
+1. A model of random weights is written, unless one is named: 252 experts a layer at half the release's widths, its
    router's bias such that some experts are as popular as in real models.
 2. `mlx_mimo bench` times it at each share of resident experts with reads held back to each disk speed, which stands in
    for slower disks, and once with everything resident, where the disk has no part.
