@@ -99,7 +99,7 @@ def parse_header(path: str | os.PathLike, text: bytes, file_bytes: int | None) -
         raise FormatError(f"{path.name}: header is not JSON ({error}); fetch the file again") from None
     if not isinstance(fields, dict):
         raise FormatError(f"{path.name}: header is a JSON {type(fields).__name__}, an object expected")
-    metadata = fields.pop("__metadata__", {})
+    metadata = fields.pop("__metadata__", None) or {}  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{path.name}: __metadata__ must map strings to strings")
     start = 8 + len(text)

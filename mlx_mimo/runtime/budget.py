@@ -96,7 +96,7 @@ def measure(
     for path in sorted(directory.glob("model*.safetensors")):
         if not path.name.startswith("model-mtp"):
             tensors += read_header(path).tensors.values()
-    return _budget(tensors, args, context, chunk, item_bytes, trunk_item_bytes)
+    return budget_of(tensors, args, context, chunk, item_bytes, trunk_item_bytes)
 
 
 def estimate(
@@ -116,10 +116,10 @@ def estimate(
         for item in file.items:
             many = item.source.kind == "router" or item.source.kind.startswith("experts.")
             tensors += item.stored * (args.n_routed_experts if many else 1)
-    return _budget(tensors, args, context, chunk, item_bytes, trunk_item_bytes)
+    return budget_of(tensors, args, context, chunk, item_bytes, trunk_item_bytes)
 
 
-def _budget(
+def budget_of(
     tensors: Iterable["Tensor"], args: ModelArgs, context: int, chunk: int, item_bytes: int, trunk_item_bytes: int
 ) -> Budget:
     trunk = experts = embedding = on_disk = 0

@@ -14,7 +14,7 @@ from ..errors import MimoError
 from ..experts.header import Header, read_header
 from ..experts.record import ExpertFile, expert_file_of
 from ..models.config import ModelArgs
-from .budget import GB, Budget, _budget, format_size
+from .budget import GB, Budget, budget_of, format_size
 from .checks import FAILED, HERE, OK, SIMULATED, SKIPPED, WARNING, Check, disk_kind
 from .forecast import Forecast, forecast, room_for_experts
 from .machine import Given, Machine, machine_with
@@ -57,7 +57,7 @@ class Headers:
             if not header.path.name.startswith("model-mtp")
             for entry in header.tensors.values()
         ]
-        return _budget(tensors, args, CONTEXT, CHUNK, item_bytes, item_bytes)
+        return budget_of(tensors, args, CONTEXT, CHUNK, item_bytes, item_bytes)
 
 
 def directory_checks(directory: Path, deep: bool, given: Given = HERE) -> Iterator[Check]:

@@ -30,8 +30,18 @@ def test_a_good_file(tmp_path):
     path.write_bytes(file_bytes(GOOD))
     header = read_header(path)
     assert header.metadata == {"format": "mlx"}
+
     assert header.tensors["b"].offset == header.data_offset + 24
     assert header.file_bytes == path.stat().st_size
+
+
+def test_a_file_of_mlx_without_metadata_is_read(tmp_path):
+    import mlx.core as mx
+
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), {"x": mx.zeros((2, 3))})
+    header = read_header(tmp_path / "a.safetensors")
+    assert header.metadata == {}
+    assert header.tensors["x"].shape == (2, 3)
 
 
 def test_tensors_of_no_bytes_are_tensors(tmp_path):
