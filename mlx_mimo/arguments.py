@@ -35,6 +35,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wired", action="store_true", help="raise Metal's wired memory limit as mlx-lm does")
 
 
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of the commands that take an adapter, a keyword of `load` beside `load_options`."""
+    parser.add_argument("--adapter-path", metavar="DIR", help="LoRA adapter that mlx_lm.lora trained")
+
+
 def load_options(args: argparse.Namespace) -> dict:
     """The keywords of `mlx_mimo.load` that the shared flags set."""
     return {

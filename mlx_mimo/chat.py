@@ -6,7 +6,15 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from .arguments import add_model_arguments, add_sampling_arguments, load_options, non_negative_float, positive_int, run
+from .arguments import (
+    add_adapter_argument,
+    add_model_arguments,
+    add_sampling_arguments,
+    load_options,
+    non_negative_float,
+    positive_int,
+    run,
+)
 from .errors import MimoError
 
 HELP = """\
@@ -26,6 +34,7 @@ Ctrl-C stops an answer. A line that ends with \\ goes on in the next."""
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_mimo chat", description="Chat with the model.")
     add_model_arguments(parser)
+    add_adapter_argument(parser)
     parser.add_argument("--system-prompt", help="the system message")
     parser.add_argument("-m", "--max-tokens", type=positive_int, default=4096, help="of one answer (default: 4096)")
     add_sampling_arguments(parser)
@@ -183,7 +192,7 @@ def chat(args: argparse.Namespace) -> int:
     if args.seed is not None:
         mx.random.seed(args.seed)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    model, tokenizer = load(args.model, **load_options(args))
+    model, tokenizer = load(args.model, adapter_path=args.adapter_path, **load_options(args))
     session = Chat(model, tokenizer, args)
     if interactive:
         use_history()

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 
 from .arguments import (
+    add_adapter_argument,
     add_model_arguments,
     add_sampling_arguments,
     json_object,
@@ -20,6 +21,7 @@ from .errors import UsageError
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_mimo generate", description="Generate text from one prompt.")
     add_model_arguments(parser)
+    add_adapter_argument(parser)
     parser.add_argument("-p", "--prompt", default="Hello", help="the user's message; - reads it from stdin")
     parser.add_argument("--system-prompt", help="the system message")
     parser.add_argument("-m", "--max-tokens", type=non_negative_int, default=1024, help="default: 1024")
@@ -74,7 +76,7 @@ def generate(args: argparse.Namespace) -> int:
 
     if args.seed is not None:
         mx.random.seed(args.seed)
-    model, tokenizer = load(args.model, **load_options(args))
+    model, tokenizer = load(args.model, adapter_path=args.adapter_path, **load_options(args))
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     prompt = build_prompt(tokenizer, args, text)

@@ -1,62 +1,25 @@
-"""The bridge, and mlx-lm's own commands as processes on a converted directory: stock, and with our model."""
+"""The bridge's switch and settings, and the model that mlx-lm's loader builds through it."""
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import tiny_config, write_checkpoint
+from bridged import bridged_directory
+from checkpoints import tiny_config
+from converted import converted_directory
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from mlx_mimo import bridge
-from mlx_mimo.convert import convert_checkpoint
 from mlx_mimo.errors import FormatError, MimoError, UsageError
 from mlx_mimo.models.cache import make_cache
-from mlx_mimo.runtime.bridge_file import VARIABLES, Settings
+from mlx_mimo.runtime import bridge_file
+from mlx_mimo.runtime.bridge_file import VARIABLES, Settings, classes
 
-STREAMED = {"MLX_MIMO_EXPERT_MEMORY": "120KB"}  # a third of the experts below
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("bridge")
-    write_checkpoint(root / "hf", tiny_config(), mtp=False)
-    return convert_checkpoint(root / "hf", root / "plain", progress=False)
-
-
-@pytest.fixture(scope="module")
-def bridged(plain, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("bridged") / "model"
-    directory.mkdir()
-    for file in plain.iterdir():
-        (directory / file.name).symlink_to(file) if file.name != "config.json" else None
-    (directory / "config.json").write_bytes((plain / "config.json").read_bytes())
-    bridge.switch(directory, True)
-    return directory
-
-
-def command(*arguments: str, stdin: str = "", settings: dict | None = None) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLX_MIMO_")}
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment | (settings or {}),
-    )
-
-
-def generated(result: subprocess.CompletedProcess) -> str:
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split("==========")[1]
-
+DOCUMENTED = Path(__file__).parents[1] / "docs" / "SERVER.md"
 
 # The switch
 
@@ -65,10 +28,10 @@ def digests(directory: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
 
 
-def test_off_gives_back_every_byte(plain, tmp_path):
+def test_off_gives_back_every_byte(tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
-    (directory / "config.json").write_bytes((plain / "config.json").read_bytes())
+    (directory / "config.json").write_bytes((converted_directory() / "config.json").read_bytes())
     before = digests(directory)
     bridge.switch(directory, True)
     assert json.loads((directory / "config.json").read_text())["model_file"] == bridge.FILE
@@ -92,6 +55,9 @@ def test_refuses_an_fp8_checkpoint(tmp_path):
         bridge.switch(tmp_path, True)
 
 
+# Settings
+
+
 def test_settings_come_from_the_environment_and_errors_name_the_variable():
     assert Settings.from_environment({}) == Settings()
     found = Settings.from_environment({"MLX_MIMO_EXPERT_MEMORY": "24GB", "MLX_MIMO_LOOKAHEAD": "1"})
@@ -101,97 +67,87 @@ def test_settings_come_from_the_environment_and_errors_name_the_variable():
             Settings.from_environment({f"MLX_MIMO_{name}": text})
 
 
-def test_every_variable_is_in_the_documented_table():
-    table = (Path(__file__).parents[1] / "docs" / "SERVER.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\| `MLX_MIMO_(\w+)`", table)) >= {field.upper() for field in VARIABLES}
+def test_the_documented_table_is_that_of_the_code():
+    table = DOCUMENTED.read_text(encoding="utf-8").split("| variable | meaning |", 1)[1].split("\n\n", 1)[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE))
+    fields = {bridge_file.PREFIX + field.upper(): text for field, (_, text) in VARIABLES.items()}
+    assert rows.keys() == fields.keys() | {"MLX_MIMO_CPU_KERNELS"}
+    for name, text in fields.items():
+        assert rows[name].replace("`", "") == text
+    assert f"default {Settings().reader_threads}" in rows["MLX_MIMO_READER_THREADS"]
 
 
-# In this process
+@pytest.mark.parametrize(
+    ("field", "value"), [("expert_memory", 1000), ("profile", Path("use.npz")), ("trace", Path("routes"))]
+)
+def test_a_stacked_directory_refuses_what_needs_residency(field, value, tmp_path):
+    with pytest.raises(MimoError, match=f"MLX_MIMO_{field.upper()}"):
+        classes(tmp_path, Settings(**{field: value}))
+
+
+# The model
 
 
 @pytest.fixture
-def loaded(bridged, monkeypatch):
-    monkeypatch.setenv("MLX_MIMO_EXPERT_MEMORY", "120KB")
-    model, _ = load_model(bridged, trust_remote_code=True)
-    yield model
-    model.residency.close()
+def bridged(monkeypatch):
+    """Loads the bridged directory as mlx-lm does, with the given environment."""
+    models = []
+
+    def load(**settings):
+        for name, value in settings.items():
+            monkeypatch.setenv(f"MLX_MIMO_{name}", value)
+        models.append(load_model(bridged_directory(), trust_remote_code=True)[0])
+        return models[-1]
+
+    yield load
+    mx.enable_compile()  # on a CPU the bridge turns it off for the whole process
+    for model in models:
+        model._end_residency()
 
 
-def test_mlx_lm_loads_our_model_with_streamed_experts(loaded):
-    assert not loaded.residency.all_resident
-    assert not [name for name, _ in tree_flatten(loaded.parameters()) if "switch_mlp" in name]
+def test_mlx_lm_loads_our_model_with_streamed_experts(bridged):
+    model = bridged(EXPERT_MEMORY="120KB")
+    assert not model.residency.all_resident
+    assert not [name for name, _ in tree_flatten(model.parameters()) if "switch_mlp" in name]
 
 
-def test_mlx_lms_caches_see_what_ours_see(loaded):
+def test_mlx_lms_caches_see_what_ours_see(bridged):
+    model = bridged(EXPERT_MEMORY="120KB")
     tokens = mx.random.randint(0, 256, (1, 50))  # three windows
-    ours, theirs = make_cache(loaded.args), loaded.make_cache()
+    ours, theirs = make_cache(model.args), model.make_cache()
     for start, end in ((0, 30), (30, 49), (49, 50)):
         piece = tokens[:, start:end]
-        assert mx.allclose(loaded(piece, cache=ours), loaded(piece, cache=theirs), atol=1e-4)
+        assert mx.allclose(model(piece, cache=ours), model(piece, cache=theirs), atol=1e-4)
 
 
-def test_training_gets_differentiable_experts_and_evaluation_streams_again(loaded):
+@pytest.mark.parametrize("memory", ["120KB", "all"])
+def test_training_ends_residency_and_computes_the_same(bridged, memory):
+    model = bridged(EXPERT_MEMORY=memory)
     tokens = mx.array([[5, 6, 7, 8]])
-    streamed = loaded(tokens)
-    hits_and_misses = loaded.residency.counters
-    loaded.train()
-    whole = loaded(tokens)
-    assert mx.allclose(streamed, whole, atol=1e-3)
-    assert loaded.residency.counters == hits_and_misses, "training read through the pool"
-    # The gradient of an early layer passes through all experts above it.
-    weight = loaded.layers[0].input_layernorm.weight
-
-    def loss(scale: mx.array) -> mx.array:
-        loaded.layers[0].input_layernorm.weight = weight * scale
-        return mx.logsumexp(loaded(tokens), axis=-1).sum()
-
-    gradient = mx.grad(loss)(mx.array(1.0)).item()
-    step = 1e-2
-    difference = (loss(mx.array(1 + step)) - loss(mx.array(1 - step))).item() / (2 * step)
-    loaded.layers[0].input_layernorm.weight = weight
-    assert gradient == pytest.approx(difference, rel=0.05)
-    loaded.eval()
-    again = loaded(tokens)
-    assert mx.array_equal(streamed, again)
-    assert loaded.residency.counters != hits_and_misses
+    before = model(tokens)
+    model.train()
+    assert model.residency is None
+    assert [name for name, _ in tree_flatten(model.parameters()) if "switch_mlp" in name]
+    assert mx.allclose(before, model(tokens), atol=1e-3)
+    assert not [name for name, _ in tree_flatten(model.trainable_parameters()) if "switch_mlp" in name]
+    whole = model.layers[1].mlp.switch_mlp
+    model.eval()
+    model.train()
+    assert model.layers[1].mlp.switch_mlp is whole, "an evaluation between two steps read the experts again"
 
 
-def test_a_stacked_directory_refuses_a_budget(tmp_path):
-    from mlx_mimo.runtime.bridge_file import classes
-
-    with pytest.raises(MimoError, match="MLX_MIMO_EXPERT_MEMORY"):
-        classes(tmp_path, Settings(expert_memory=1000))
-
-
-# As processes
-
-
-def test_generate_stock_and_bridged(plain, bridged, tmp_path):
-    arguments = ("mlx_lm", "generate", "--prompt", "hello", "-m", "12", "--temp", "0")
-    assert len(generated(command(*arguments, "--model", plain))) > 1
-    refused = command(*arguments, "--model", bridged)
-    assert refused.returncode != 0
-    assert "trust_remote_code" in refused.stderr
-    profile = tmp_path / "use.npz"
-    arguments += ("--model", bridged, "--trust-remote-code")
-    streamed = command(*arguments, settings=STREAMED | {"MLX_MIMO_PROFILE": str(profile)})
-    assert generated(streamed) == generated(command(*arguments, settings={"MLX_MIMO_EXPERT_MEMORY": "all"}))
-    assert profile.exists(), "our residency did not run"
+def test_training_refuses_experts_that_do_not_fit(bridged, monkeypatch):
+    model = bridged(EXPERT_MEMORY="120KB")
+    tokens = mx.array([[5, 6, 7, 8]])
+    before = model(tokens)
+    monkeypatch.setattr(bridge_file, "available_memory", lambda working_set: 1000)
+    with pytest.raises(MimoError, match="needs all experts in memory"):
+        model.train()
+    assert mx.array_equal(before, model(tokens)), "the refusal left the model as it was"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stock", "bridged"])
-def test_chat_cache_prompt_and_benchmark(kind, plain, bridged, tmp_path):
-    model = ("--model", plain) if kind == "stock" else ("--model", bridged, "--trust-remote-code")
-    settings = {} if kind == "stock" else STREAMED
-    chat = command("mlx_lm", "chat", *model, "--max-tokens", "4", stdin="hello\nq\n", settings=settings)
-    assert chat.returncode == 0, chat.stderr
-    cache = tmp_path / "cache.safetensors"
-    file = ("--prompt-cache-file", cache)
-    made = command("mlx_lm", "cache_prompt", *model, "--prompt", "hello", *file, settings=settings)
-    assert made.returncode == 0, made.stderr
-    used = command("mlx_lm", "generate", *model, "--prompt", "more", "-m", "3", *file, settings=settings)
-    assert generated(used)
-    measured = command("mlx_lm", "benchmark", *model, "-p", "8", "-g", "4", "-n", "1", settings=settings)
-    assert measured.returncode == 0, measured.stderr
-    assert "generation_tps" in measured.stdout
+def test_a_profile_is_saved_when_training_begins(bridged, tmp_path):
+    model = bridged(EXPERT_MEMORY="120KB", PROFILE=str(tmp_path / "use.npz"))
+    mx.eval(model(mx.array([[5, 6, 7, 8]])))
+    model.train()
+    assert bridged(EXPERT_MEMORY="120KB").residency.counters.preloaded > 0

@@ -12,12 +12,29 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import MimoError
 from .banks import Banks
 from .compute import Compute
 from .pool import Pool
 from .reader import ExpertReader
 from .record import ExpertFile
 from .residents import SORTED_PAIRS, Need
+
+
+@mx.custom_function
+def _constant(x: mx.array) -> mx.array:
+    """x, through which no derivative passes: by the time of a backward step a slot holds another expert."""
+    return x
+
+
+def _refuse(*_):
+    raise MimoError(
+        "experts that stream have no gradient; load the model with all experts resident (--expert-memory all)"
+    )
+
+
+_constant.vjp(_refuse)
+_constant.jvp(_refuse)
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,8 @@ class StreamedSwitchGLU(nn.Module):
         """x (..., hidden), indices (..., K) → (..., K, hidden)."""
         if self.before is not None:
             self.before()
+        if self.compute.takes_lazy:  # the kernels refuse by themselves
+            x = _constant(x)
         *rows, hidden = x.shape
         top_k = indices.shape[-1]
         guesses = self._guess(x, indices) if self.ahead is not None and indices.size < SORTED_PAIRS else None

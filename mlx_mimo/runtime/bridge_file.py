@@ -18,12 +18,12 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..errors import MimoError, UsageError
-from ..experts.record import expert_files
+from ..experts.record import PROJECTIONS, ExpertFile, expert_files
 from ..experts.residency import attach
 from ..models.config import ModelArgs
 from ..models.mimo_v2_flash import Model
-from .budget import parse_size
-from .load import CACHE_LIMIT_BYTES, TrunkModel, expert_limit, on_cpu
+from .budget import available_memory, parse_size
+from .load import CACHE_LIMIT_BYTES, ExpertsElsewhere, TrunkModel, expert_limit, on_cpu
 from .source import Directory, read_config
 
 PREFIX = "MLX_MIMO_"
@@ -104,32 +104,33 @@ def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.
             window = {} if settings.sliding_window is None else {"window_keys": settings.sliding_window}
             return ModelArgs.from_dict(config | window)
 
-    class BridgedModel(_BridgedModel):
+    streamed = bool(expert_files(directory))
+    for field in () if streamed else ("expert_memory", "profile", "trace"):
+        if isinstance(getattr(settings, field), int | Path):
+            raise MimoError(
+                f"{PREFIX}{field.upper()}: {directory} has stacked experts; run mlx_mimo convert repack on it"
+            )
+
+    class BridgedModel(_WithResidency if streamed else _Whole):
         def __init__(self, args: ModelArgs):
             super().__init__(args, directory, settings)
 
-    if not expert_files(directory):
-        if isinstance(settings.expert_memory, int):
-            raise MimoError(
-                f"{PREFIX}EXPERT_MEMORY: {directory} has stacked experts; run mlx_mimo convert repack on it"
-            )
-        return Model, BridgedArgs
     return BridgedModel, BridgedArgs
 
 
-class _BridgedModel(TrunkModel):
-    """Our model that takes its experts from the directory's expert files once its other weights are there."""
+class _Bridged:
+    """What both kinds of bridged model share; stands before the model's class."""
 
     def __init__(self, args: ModelArgs, directory: Path, settings: Settings):
         super().__init__(args)
         self._directory, self._settings = directory, settings
-        self.residency = None
-        self._streamed: dict[int, nn.Module] = {}
+        self._ready = False
 
     def load_weights(self, file_or_weights, strict: bool = True) -> nn.Module:
         super().load_weights(file_or_weights, strict)
-        if self.residency is None:  # later calls bring adapters
-            self._attach()
+        if not self._ready:  # later calls bring adapters
+            self._ready = True
+            self._prepare()
         return self
 
     def make_cache(self) -> list:
@@ -138,17 +139,42 @@ class _BridgedModel(TrunkModel):
         layers = range(args.num_hidden_layers)
         return [RotatingKVCache(max_size=args.window) if args.is_sliding(i) else KVCache() for i in layers]
 
-    def _attach(self) -> None:
-        settings = self._settings
+    def _prepare(self) -> None:
+        """Fits the process and the weights, which have just been loaded, to the device."""
         mx.set_cache_limit(CACHE_LIMIT_BYTES)
-        if settings.threads is not None:
+        if self._settings.threads is not None:
             from ..cpu import set_threads
 
-            set_threads(settings.threads)
+            set_threads(self._settings.threads)
         if on_cpu():
+            # There mx.compile runs a C++ compiler for each fused kernel, dozens of times for a first training step.
+            mx.disable_compile()
             # MLX's CPU backend accumulates in the activations' type, and is slow in 16 bits.
             self.update(tree_map(_float32, self.parameters()))
         mx.eval(self.parameters())
+
+
+class _Whole(_Bridged, Model):
+    """Our model of a directory with stacked experts, everything in memory."""
+
+
+class ExpertsKeptOutsideTheModel(nn.Module):
+    """Stands under a projection's name in layers whose experts our residency keeps.
+
+    mlx-lm would pass over an adapter's key that names no module; here it refuses with this class's name.
+    """
+
+
+class _WithResidency(_Bridged, TrunkModel):
+    """Our model that takes its experts from the directory's expert files once its other weights are there."""
+
+    def __init__(self, args: ModelArgs, directory: Path, settings: Settings):
+        super().__init__(args, directory, settings)
+        self.residency = None
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        settings = self._settings
         directory = Directory(self._directory, read_config(self._directory))
         self.residency = attach(
             self,
@@ -158,57 +184,73 @@ class _BridgedModel(TrunkModel):
             reader_threads=settings.reader_threads,
             lookahead=settings.lookahead,
         )
+        for layer in self.args.moe_layers:
+            for projection in PROJECTIONS:
+                self.layers[layer].mlp.switch_mlp[projection] = ExpertsKeptOutsideTheModel()
         self.synchronous = on_cpu() or not self.residency.all_resident
         if settings.trace is not None:
             self.residency.trace_to(settings.trace)
         if settings.profile is not None and settings.profile.exists():
             self.residency.load_profile(settings.profile)
         # mlx-lm's commands have no end that we could see.
-        atexit.register(self._close)
+        atexit.register(self._end_residency)
 
-    def _close(self) -> None:
-        if self._settings.profile is not None:
-            self.residency.save_profile(self._settings.profile)
-        self.residency.close()
+    def _end_residency(self) -> None:
+        if self.residency is not None:
+            if self._settings.profile is not None:
+                self.residency.save_profile(self._settings.profile)
+            self.residency.close()
+            self.residency = None
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Training wants gradients: for its time the experts are mlx-lm's own modules, whole and resident.
+        """Training wants gradients: when it begins, the experts become mlx-lm's own modules, whole and resident.
 
-        Streamed experts, and the CPU kernels, pass through NumPy, where a gradient would silently become zero.
+        Streamed experts, and the CPU kernels, pass through NumPy and slots that change, where a gradient would be
+        wrong or zero. Residency ends here; evaluations between training steps use the whole experts too.
         """
-        if self.residency is not None:
-            layers = {layer: self.layers[layer].mlp for layer in self.args.moe_layers}
-            if mode and not self._streamed:
-                self._streamed = {layer: mlp.switch_mlp for layer, mlp in layers.items()}
-                self._differentiable()
-            elif not mode and self._streamed:
-                for layer, mlp in layers.items():
-                    mlp.switch_mlp = self._streamed[layer]
-                self._streamed = {}
+        if mode and self.residency is not None:
+            self._want_memory()
+            self._end_residency()
+            for layer in self.args.moe_layers:
+                self.layers[layer].mlp.switch_mlp = ExpertsElsewhere()  # frees the slots before anything is read
+            mx.clear_cache()
+            for layer, file in expert_files(self._directory).items():
+                self.layers[layer].mlp.switch_mlp = self._whole_experts(layer, file)
+            self.synchronous = on_cpu()
         return super().train(mode)
 
-    def _differentiable(self) -> None:
-        quantization = read_config(self._directory)["quantization"]
-        for layer in self.args.moe_layers:
-            file = expert_files(self._directory)[layer]
-            stacked = Model.sanitize(self, mx.load(str(file.path)))
-            prefix = f"model.layers.{layer}.mlp.switch_mlp."
-            args = self.args
-            module = SwitchGLU(args.hidden_size, args.moe_intermediate_size, args.n_routed_experts)
-            default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
+    def _want_memory(self) -> None:
+        """Raises MimoError where the experts do not fit into what is free and what the slots take now."""
+        held = self.residency.counters
+        working_set = None if on_cpu() else mx.device_info().get("max_recommended_working_set_size")
+        free = available_memory(working_set) + held.slots * held.slot_bytes
+        needed = sum(file.num_experts * file.layout.nbytes for file in expert_files(self._directory).values())
+        if needed > free:
+            raise MimoError(
+                f"training needs all experts in memory, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+                "train on a larger machine, or on a checkpoint of fewer bits"
+            )
 
-            def as_stored(path: str, module: nn.Module, stacked=stacked, prefix=prefix, default=default) -> bool | dict:
-                if f"{prefix}{path}.scales" not in stacked:
-                    return False
-                return quantization.get(prefix + path, default)
+    def _whole_experts(self, layer: int, file: ExpertFile) -> nn.Module:
+        """mlx-lm's module of one layer's experts, quantised as they are stored, without parameters to train."""
+        args, quantization = self.args, read_config(self._directory)["quantization"]
+        prefix = f"model.layers.{layer}.mlp.switch_mlp."
+        default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
+        stacked = Model.sanitize(self, mx.load(str(file.path)))
 
-            nn.quantize(module, **default, class_predicate=as_stored)
-            module.load_weights([(name.removeprefix(prefix), value) for name, value in stacked.items()])
-            module.freeze()
-            if on_cpu():
-                module.update(tree_map(_float32, module.parameters()))
-            mx.eval(module.parameters())
-            self.layers[layer].mlp.switch_mlp = module
+        def as_stored(path: str, module: nn.Module) -> bool | dict:
+            if f"{prefix}{path}.scales" not in stacked:
+                return False
+            return quantization.get(prefix + path, default)
+
+        module = SwitchGLU(args.hidden_size, args.moe_intermediate_size, args.n_routed_experts)
+        nn.quantize(module, **default, class_predicate=as_stored)
+        module.load_weights([(name.removeprefix(prefix), value) for name, value in stacked.items()])
+        module.freeze()
+        if on_cpu():
+            module.update(tree_map(_float32, module.parameters()))
+        mx.eval(module.parameters())
+        return module
 
 
 def _float32(x: mx.array) -> mx.array:

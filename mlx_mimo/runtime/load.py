@@ -13,6 +13,7 @@ from ..experts.record import expert_files
 from ..experts.residency import Residency, attach
 from ..models.config import ModelArgs
 from ..models.mimo_v2_flash import Model
+from .adapters import check_adapter, put_adapter
 from .budget import auto_expert_bytes, available_memory, measure, parse_size
 from .sampling import generation_defaults
 from .source import Directory, find
@@ -33,7 +34,7 @@ def load(
     trace: str | Path | None = None,
     threads: int | None = None,
     reader_threads: int = 8,
-    adapter_path: str | None = None,
+    adapter_path: str | Path | None = None,
     tokenizer_config: dict | None = None,
     progress: bool = False,
 ) -> tuple[nn.Module, object]:
@@ -41,6 +42,7 @@ def load(
 
     `expert_memory` is the bytes of expert slots as a number or text such as "24GB", "auto" (what is free), or "all"
     (everything resident). `sliding_window` is the number of keys a query sees in sliding layers, itself included.
+    `adapter_path` is a directory that mlx_lm.lora wrote; adapters on experts are refused where these may stream.
     `profile` is a file of usage counts: loaded now where it exists, saved by `model.residency.save_profile`.
     The model works in mlx_lm's generate, stream_generate and batch_generate; `model.residency` holds the counters.
     Raises FormatError, MimoError or UsageError, each naming the file or field.
@@ -62,6 +64,8 @@ def load(
             f"{directory.path}: its experts are stacked, so one cannot be read alone; "
             f"run mlx_mimo convert repack {directory.path} --in-place, or give --expert-memory all"
         )
+    if adapter_path is not None:
+        check_adapter(adapter_path, residency=streamable)
     model = load_trunk(directory, overrides, streamable, kernels=adapter_path is None)  # LoRA layers want MLX's
     model.residency = None
     if streamable:
@@ -76,10 +80,7 @@ def load(
     model.synchronous = on_cpu() or bool(model.residency and not model.residency.all_resident)
     model.generation_defaults = generation_defaults(directory.path)
     if adapter_path is not None:
-        from mlx_lm.utils import load_adapters
-
-        model = load_adapters(model, adapter_path)
-        model.eval()
+        model = put_adapter(model, adapter_path)
     if trace is not None:
         _residency_of(model, directory, "--trace").trace_to(trace)
     if profile is not None and Path(profile).exists():

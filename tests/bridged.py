@@ -1,0 +1,77 @@
+"""A tiny directory with the bridge on, and mlx-lm's commands as processes on it."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+from converted import converted_directory
+
+from mlx_mimo import bridge
+
+STREAMED = {"MLX_MIMO_EXPERT_MEMORY": "120KB"}  # a third of the experts
+KINDS = ("stock", "bridged")
+
+
+@cache
+def bridged_directory() -> Path:
+    """`converted_directory` with the bridge on, its weights being links. Read only."""
+    import atexit
+    import shutil
+
+    root = Path(mkdtemp(prefix="mlx-mimo-bridged-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    link_directory(converted_directory(), root / "model")
+    bridge.switch(root / "model", True)
+    return root / "model"
+
+
+def link_directory(source: Path, target: Path) -> None:
+    """A directory like `source` whose config.json may be written."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.name != "config.json":
+            (target / file.name).symlink_to(file)
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+
+
+def model_flags(kind: str) -> tuple[str, ...]:
+    """`--model` and what it needs: mlx-lm's own model, or ours through the bridge."""
+    if kind == "stock":
+        return ("--model", str(converted_directory()))
+    return ("--model", str(bridged_directory()), "--trust-remote-code")
+
+
+def environment(kind: str, settings: dict | None = None) -> dict:
+    """Stock commands run without mx.compile, which on a CPU is a run of a C++ compiler for each fused kernel; the
+    bridge turns it off by itself."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLX_MIMO_", "MLX_DISABLE"))}
+    own = {"MLX_DISABLE_COMPILE": "1"} if kind == "stock" else STREAMED
+    return inherited | {"HF_HUB_OFFLINE": "1"} | own | (settings or {})
+
+
+def mlx_lm(
+    kind: str, command: str, *arguments, stdin: str = "", settings: dict | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
+    """`mlx_lm COMMAND --model …` as a process."""
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_lm", command, *model_flags(kind), *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment(kind, settings),
+        cwd=cwd,
+    )
+
+
+def succeeded(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def generated(result: subprocess.CompletedProcess) -> str:
+    """The text that mlx_lm.generate printed."""
+    return succeeded(result).split("==========")[1]
