@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from ..arguments import (
     add_model_arguments,
@@ -45,6 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-cache-size", type=positive_int, default=10, metavar="N", help="KV caches kept")
     parser.add_argument("--prompt-cache-bytes", type=_size, metavar="SIZE", help="memory for them (default: no limit)")
     parser.add_argument(
+        "--prompt-cache-file",
+        type=Path,
+        metavar="FILE",
+        help="KV caches: loaded at the start, saved at the end and on POST /prompt-cache/save",
+    )
+    parser.add_argument(
         "--chat-template-args",
         type=json_object,
         default={},
@@ -81,6 +88,10 @@ def complete(args: argparse.Namespace) -> None:
         raise UsageError(f"--host {args.host}: others could reach it; give an --api-key (or MLX_MIMO_API_KEY) as well")
     if args.port > 65535:
         raise UsageError(f"--port: 0 to 65535 expected, {args.port} found")
+    if args.prompt_cache_file is not None:
+        folder = args.prompt_cache_file.absolute().parent
+        if args.prompt_cache_file.is_dir() or not os.access(folder, os.W_OK):
+            raise UsageError(f"--prompt-cache-file {args.prompt_cache_file}: a file in a folder to write to expected")
     args.draft_model, args.num_draft_tokens, args.pipeline, args.chat_template = None, 0, False, ""
     args.kv_bits, args.kv_group_size, args.quantized_kv_start = None, 64, 0
     # mlx-lm turns thinking on unless told; the model's own default is off.

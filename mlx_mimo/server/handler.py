@@ -1,8 +1,11 @@
 """Routes, and what requests ask for."""
 
 import logging
+import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from urllib.parse import urlsplit
 
 from mlx_lm.server import CompletionRequest, LogitsProcessorArguments, ModelDescription, SamplingArguments
@@ -13,7 +16,7 @@ from .answers import Answers
 from .errors import Disconnected, RequestError
 from .metrics import Metrics
 from .tool_choice import ToolChoice
-from .worker import Arguments, Worker, wait_until
+from .worker import POLL_SECONDS, Arguments, Worker, wait_until
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Site:
     model_name: str
     fingerprint: str
     created: int
+    save_prompt_cache: Callable[[], Future] | None = None  # where there is a file for it
 
 
 class Handler(Answers):
@@ -59,6 +63,7 @@ class Handler(Answers):
                 "/v1/completions": self.post_text,
                 "/v1/messages": self.post_message,
                 "/v1/messages/count_tokens": self.post_count,
+                "/prompt-cache/save": self.post_prompt_cache,
             }
         )
 
@@ -208,6 +213,25 @@ class Handler(Answers):
         request, _ = self._chat(values)
         arguments = self._arguments(values, False, 0)
         self.send_json({"input_tokens": self.site.worker.count(request, arguments)})
+
+    def post_prompt_cache(self) -> None:
+        """Saves the KV caches kept; answers when that is done."""
+        if self.site.save_prompt_cache is None:
+            raise RequestError(404, "there is no file to save to: start the server with --prompt-cache-file")
+        if not self.site.worker.is_healthy:
+            raise RequestError(503, "the server is loading or shutting down", retry_after_seconds=5)
+        saving = self.site.save_prompt_cache()
+        while not saving.done():
+            if not self.connected():
+                raise Disconnected
+            if not self.site.worker.generation_available():
+                raise RequestError(503, "the server is shutting down")
+            time.sleep(POLL_SECONDS)
+        try:
+            saved = saving.result()
+        except OSError as error:
+            raise RequestError(500, f"the prompt cache cannot be written: {error.strerror or error}") from error
+        self.send_json(asdict(saved))
 
     def _chat(self, values: dict) -> tuple[CompletionRequest, ToolChoice]:
         tools = messages.tools(values.get("tools"))

@@ -5,6 +5,7 @@ import logging
 import socket
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,9 +17,11 @@ from ..runtime.sampling import generation_defaults
 from ..runtime.source import find
 from .access import Access
 from .connection import Server
+from .fingerprint import fingerprint
 from .handler import Handler, Site
 from .metrics import Metrics
 from .prompt_cache import PromptCache
+from .prompt_cache_file import PromptCacheFile
 from .provider import Provider
 from .worker import Worker, wait_until
 
@@ -47,14 +50,32 @@ class Running:
         )
         cache = PromptCache(args.prompt_cache_size, args.prompt_cache_bytes)
         self.worker = Worker(Provider(args, load_options), cache, args.max_queue, args.max_prompt_tokens)
+        save = None
+        if args.prompt_cache_file is not None:
+            self.worker.ask(self._restore_prompt_cache)
+            save = self.save_prompt_cache
         metrics = Metrics(self.worker)
-        self.site = Site(self.worker, access, metrics, self.model_name, get_system_fingerprint(), int(time.time()))
+        system = get_system_fingerprint()
+        self.site = Site(self.worker, access, metrics, self.model_name, system, int(time.time()), save)
         self._http = threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
 
     @property
     def url(self) -> str:
         host, port = self.httpd.server_address[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _fingerprint(self) -> str:
+        adapter = Path(self.args.adapter_path) if self.args.adapter_path else None
+        return fingerprint(Path(self.args.model), self.worker.model_provider.model.args, adapter)
+
+    def _restore_prompt_cache(self) -> None:
+        file = PromptCacheFile(self.args.prompt_cache_file)
+        file.restore(self.worker.prompt_cache, self.worker.model_provider.model, self._fingerprint())
+
+    def save_prompt_cache(self) -> Future:
+        """Written once the request that runs is done; the future's result is what was."""
+        file = PromptCacheFile(self.args.prompt_cache_file)
+        return self.worker.ask(lambda: file.save(self.worker.prompt_cache, self._fingerprint()))
 
     def start(self) -> None:
         self._http.start()
@@ -67,12 +88,26 @@ class Running:
             logging.warning("%d requests are cancelled", self.worker.outstanding)
             self.worker.cancel_all()
             wait_until(lambda: self.worker.outstanding == 0, STEP_SECONDS)
+        if self.args.prompt_cache_file is not None and self.worker.model_provider.ready:
+            self._save_before_the_end(hurry)
         self.worker._stop = True
         self.worker._generation_thread.join(STEP_SECONDS)
         if self._http.is_alive():
             self.httpd.shutdown()
         self.httpd.server_close()
         mx.clear_cache()
+
+    def _save_before_the_end(self, hurry: threading.Event) -> None:
+        """However long it takes, unless somebody is in a hurry or a step does not end."""
+        saving = self.save_prompt_cache()
+        while not (saving.done() or hurry.is_set() or self.worker.outstanding) and self.worker.generation_available():
+            time.sleep(0.02)
+        if not saving.done():
+            logging.warning("--prompt-cache-file: not saved")
+        elif (error := saving.exception()) is not None:
+            logging.warning("--prompt-cache-file: %s: not saved: %s", self.args.prompt_cache_file, error)
+        else:
+            logging.info("%d KV caches in %s", saving.result().entries, self.args.prompt_cache_file)
 
 
 def _listen(host: str, port: int, handler) -> Server:

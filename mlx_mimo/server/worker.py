@@ -8,9 +8,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import accumulate
 from queue import Empty, Queue
+from typing import Any
 
 import jinja2
 import mlx.core as mx
@@ -84,6 +86,7 @@ class Worker(ResponseGenerator):
         self._lock = threading.Lock()
         self._counting = threading.Lock()
         self._own_tokenizer = None  # for `count`, made when it is first asked
+        self._actions: Queue[tuple[Callable[[], Any], Future]] = Queue()
         super().__init__(provider, prompt_cache)
 
     # For other threads
@@ -173,6 +176,12 @@ class Worker(ResponseGenerator):
 
         return context, responses()
 
+    def ask(self, action: Callable[[], Any]) -> Future:
+        """Has the generation thread, to which model and caches belong, do something between requests."""
+        future: Future = Future()
+        self._actions.put((action, future))
+        return future
+
     def count(self, request: CompletionRequest, args: Arguments) -> int:
         """Tokens of a request's prompt, be it too long or not. Raises RequestError."""
         with self._counting:
@@ -226,8 +235,19 @@ class Worker(ResponseGenerator):
         pass  # /metrics has them
 
     def _next_request(self, timeout: float | None = None):
+        self._act()
         request = super()._next_request(timeout)
         return None if request is not None and request[0].cancelled else request
+
+    def _act(self) -> None:
+        while not self._actions.empty():
+            action, future = self._actions.get()
+            try:
+                future.set_result(action())
+            except Exception as error:
+                if not isinstance(error, OSError):
+                    logging.exception("what was asked of the generation thread failed")
+                future.set_exception(error)
 
     def _is_batchable(self, args: Arguments) -> bool:
         return super()._is_batchable(args) and args.grammar is None

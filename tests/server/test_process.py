@@ -90,6 +90,39 @@ def test_a_second_sigterm_does_not_wait(start, model_directory):
     assert process.end() == 0
 
 
+def test_what_was_said_before_a_restart_is_not_read_again(start, model_directory, tmp_path):
+    file = tmp_path / "kv"
+    flags = ("--model", model_directory, *FLAGS, "--prompt-cache-file", file)
+    messages = [{"role": "user", "content": "a question that fills more than one window of sixteen tokens"}]
+
+    def ask(process: Process):
+        client = openai.OpenAI(base_url=process.wait_for(r"ready: (\S+)")[1], api_key="none", max_retries=0)
+        return client.chat.completions.create(model="tiny", messages=messages, max_tokens=20, temperature=0)
+
+    def end(process: Process) -> None:
+        process.process.send_signal(signal.SIGTERM)
+        assert process.end() == 0
+
+    process = start(*flags)
+    first = ask(process)
+    assert not first.usage.prompt_tokens_details.cached_tokens
+    end(process)
+    messages += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "and another"},
+    ]
+    process = start(*flags)
+    second = ask(process)
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens - 1
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens + 20
+    end(process)
+    file.write_bytes(file.read_bytes()[:-1])
+    process = start(*flags)
+    assert not ask(process).usage.prompt_tokens_details.cached_tokens
+    process.wait_for("the cache begins empty")
+    end(process)
+
+
 def test_a_model_that_cannot_be_loaded_ends_it_with_one_line(start, model_directory, tmp_path):
     for file in model_directory.iterdir():
         if file.name != "model-experts-2.safetensors":

@@ -1,0 +1,183 @@
+"""The prompt cache on disk: a safetensors file that the next server of the same model begins with."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import KVCache
+
+from ..errors import FormatError
+from ..experts.header import Header, read_header
+from ..models.cache import SlidingKVCache
+from .prompt_cache import Checkpoint, Entry, PromptCache
+
+FORMAT = "mlx_mimo prompt cache 1"
+DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.int32: "I32"}
+BLOCK_BYTES = 16 * 2**20
+_UNKNOWN_SUM = "0" * 64
+
+
+@dataclass(frozen=True)
+class Saved:
+    entries: int
+    tokens: int
+    bytes: int
+
+
+class PromptCacheFile:
+    """`save` replaces the file as a whole or not at all; `load` takes it only if its sum and fingerprint are right.
+
+    Both belong to the thread that owns the caches. The file holds what was said: nobody else may read it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def save(self, cache: PromptCache, fingerprint: str) -> Saved:
+        """Raises OSError, and then leaves what was there."""
+        entries = [entry for entry in cache.entries if _storable(entry)]
+        partial = self.path.with_name(self.path.name + ".partial")
+        try:
+            with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                _write(file, entries, fingerprint)
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            os.replace(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return Saved(len(entries), sum(len(entry.tokens) for entry in entries), size)
+
+    def load(self, cache: PromptCache, model, fingerprint: str) -> int:
+        """Gives the cache as many of the latest entries as it may hold; their number, 0 where there is no file.
+
+        Raises FormatError where the file is damaged, of another model, or something else altogether.
+        """
+        if not self.path.exists():
+            return 0
+        header = read_header(self.path)
+        if header.metadata.get("format") != FORMAT:
+            raise FormatError(f"{self.path.name}: not a prompt cache ({FORMAT!r} expected as its format)")
+        if header.metadata.get("fingerprint") != fingerprint:
+            raise FormatError(f"{self.path.name}: the prompt cache of another model, adapter, window or version")
+        if len(header.metadata.get("sha256", "")) != 64 or header.metadata["sha256"] != _sum_of(header):
+            raise FormatError(f"{self.path.name}: damaged: its bytes are not those that were written")
+        try:
+            entries = _read(header, model, cache.max_entries, cache.max_bytes)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise FormatError(f"{self.path.name}: not as a prompt cache is: {error!r}") from error
+        for entry in entries:
+            cache.give(entry)
+        return len(entries)
+
+    def restore(self, cache: PromptCache, model, fingerprint: str) -> None:
+        """Loads at the start: what cannot be used is told of, and begun anew."""
+        try:
+            count = self.load(cache, model, fingerprint)
+        except (FormatError, OSError) as error:
+            logging.warning("--prompt-cache-file: %s; the cache begins empty, and will replace it", error)
+        else:
+            logging.info("%d KV caches from %s", count, self.path)
+
+
+def _storable(entry: Entry) -> bool:
+    """Whether it is made of what `_read` makes again."""
+    kinds = all(type(cache) in (KVCache, SlidingKVCache) and cache.keys is not None for cache in entry.caches)
+    return kinds and all(cache.offset == len(entry.tokens) for cache in entry.caches)
+
+
+def _arrays(entry: Entry) -> Iterator[tuple[str, mx.array]]:
+    """An entry's arrays by name, without the room that caches keep for more."""
+    yield "tokens", mx.array(entry.tokens, mx.int32)
+    for layer, cache in enumerate(entry.caches):
+        held = cache.held if isinstance(cache, SlidingKVCache) else cache.offset
+        yield f"{layer}.keys", cache.keys[..., :held, :]
+        yield f"{layer}.values", cache.values[..., :held, :]
+    for point in entry.checkpoints:
+        for layer, (keys, values) in point.windows.items():
+            yield f"at{point.length}.{layer}.keys", keys
+            yield f"at{point.length}.{layer}.values", values
+
+
+def _write(file, entries: list[Entry], fingerprint: str) -> None:
+    """Header and data, one array at a time: a second copy of all caches may not fit."""
+    fields: dict[str, dict] = {}
+    end = 0
+    for number, entry in enumerate(entries):
+        for name, array in _arrays(entry):
+            begin, end = end, end + array.nbytes
+            field = {"dtype": DTYPES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+            fields[f"{number}.{name}"] = field
+    described = [{"checkpoints": [point.length for point in entry.checkpoints]} for entry in entries]
+    metadata = {"format": FORMAT, "fingerprint": fingerprint, "entries": json.dumps(described), "sha256": _UNKNOWN_SUM}
+    header = json.dumps({"__metadata__": metadata} | fields).encode()
+    header += b" " * (-len(header) % 8)
+    head = len(header).to_bytes(8, "little") + header
+    file.write(head)
+    digest = hashlib.sha256(head)
+    for entry in entries:
+        for _, array in _arrays(entry):
+            data = memoryview(np.asarray(mx.contiguous(array).reshape(-1).view(mx.uint8)))
+            digest.update(data)
+            file.write(data)
+    # The sum stands in what it is the sum of: it is as long as the zeros that hold its place meanwhile.
+    file.seek(0)
+    file.write(head.replace(_UNKNOWN_SUM.encode(), digest.hexdigest().encode(), 1))
+    file.seek(0, os.SEEK_END)
+
+
+def _sum_of(header: Header) -> str:
+    with open(header.path, "rb") as file:
+        head = file.read(header.data_offset)
+        digest = hashlib.sha256(head.replace(header.metadata["sha256"].encode(), _UNKNOWN_SUM.encode(), 1))
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read(header: Header, model, max_entries: int, max_bytes: int | None) -> list[Entry]:
+    """The latest entries that fit, the least recently used first."""
+    described = json.loads(header.metadata["entries"])
+    sizes = [0] * len(described)
+    for name, tensor in header.tensors.items():
+        number, _, of = name.partition(".")
+        sizes[int(number)] += 0 if of == "tokens" else tensor.nbytes
+    chosen, total = [], 0
+    for number in reversed(range(len(described))):
+        total += sizes[number]
+        if len(chosen) == max_entries or (max_bytes is not None and total > max_bytes):
+            break
+        chosen.insert(0, number)
+    entries = []
+    with open(header.path, "rb") as file:
+        for number in chosen:
+            entries.append(_entry(file, header, number, described[number]["checkpoints"], model.make_cache()))
+    return entries
+
+
+def _entry(file, header: Header, number: int, lengths: list[int], caches: list) -> Entry:
+    def array(name: str) -> mx.array:
+        tensor = header.tensors[f"{number}.{name}"]
+        file.seek(tensor.offset)
+        raw = np.frombuffer(file.read(tensor.nbytes), np.uint8)
+        kind = next(kind for kind, text in DTYPES.items() if text == tensor.dtype)
+        return mx.array(raw).view(kind).reshape(tensor.shape)
+
+    entry = Entry(array("tokens").tolist(), caches)
+    for layer, cache in enumerate(caches):
+        cache.keys, cache.values = array(f"{layer}.keys"), array(f"{layer}.values")
+        cache.offset = len(entry.tokens)
+        if isinstance(cache, SlidingKVCache):
+            cache.held = cache.keys.shape[2]
+    sliding = [layer for layer, cache in enumerate(caches) if isinstance(cache, SlidingKVCache)]
+    for length in lengths:
+        windows = {layer: (array(f"at{length}.{layer}.keys"), array(f"at{length}.{layer}.values")) for layer in sliding}
+        entry.checkpoints.append(Checkpoint(length, windows))
+    mx.eval([(cache.keys, cache.values) for cache in caches], [p.windows for p in entry.checkpoints])
+    return entry
