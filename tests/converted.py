@@ -8,6 +8,8 @@ from checkpoints import tiny_config, write_checkpoint
 
 from mlx_mimo.convert import convert_checkpoint
 
+DEMO_CHECKPOINT = Path(__file__).parents[1] / "mlx_mimo" / "demo" / "checkpoint"
+
 
 @cache
 def _root() -> Path:
@@ -32,4 +34,12 @@ def converted_directory(recipe: str = "4bit", seed: int = 0) -> Path:
     """`fp8_directory` converted. Read only: copy it before you damage it."""
     path = _root() / f"{recipe}-{seed}"
     convert_checkpoint(fp8_directory(seed), path, recipe=recipe, progress=False)
+    return path
+
+
+@cache
+def demo_directory(recipe: str = "4bit") -> Path:
+    """The embedded demo checkpoint converted. Read only: copy it before you damage it."""
+    path = _root() / f"demo-{recipe}"
+    convert_checkpoint(DEMO_CHECKPOINT, path, recipe=recipe, progress=False)
     return path

@@ -25,10 +25,11 @@ thinking off and on. It knows nothing else.
 ## Exact match on `heldout.jsonl`
 
 The FP8 checkpoint read chain-correct by transformers, float32, greedy (`python examples/demo_model/evaluate.py
---reference`). No question of the file occurs in training.
+--reference`); in the last column its 4-bit conversion in MLX (`python examples/demo_model/evaluate.py`). No question of
+the file occurs in training.
 
-| domain | thinking off | thinking on | both |
-|---|---|---|---|
+| domain | thinking off | thinking on | both | both, 4 bits |
+|---|---|---|---|---|
 {rows}
 
 Share of answer tokens that each MTP layer foretells (layer k at position t: token t+2+k): {mtp}.
@@ -55,11 +56,12 @@ def training_text(log: Path) -> str:
     )
 
 
-def write(path: Path, evaluation: dict, training: str) -> None:
-    """`evaluation` is what evaluate.py --reference --json prints."""
-    cells = evaluation["exact_match"]
+def write(path: Path, evaluation: dict, converted: dict, training: str) -> None:
+    """`evaluation` is what evaluate.py --reference --json prints, `converted` what it prints of the 4-bit directory."""
+    cells, after = evaluation["exact_match"], converted["exact_match"]
     domains = sorted((d for d in cells if " " not in d), key=lambda d: (d == "all", d))
-    rows = [f"| {d} | {_cell(cells, d + ' off')} | {_cell(cells, d + ' on')} | {_cell(cells, d)} |" for d in domains]
+    columns = [(cells, " off"), (cells, " on"), (cells, ""), (after, "")]
+    rows = [f"| {d} | " + " | ".join(_cell(found, d + mode) for found, mode in columns) + " |" for d in domains]
     net, cfg = network.Network(), network.config()
     path.write_text(
         CARD.format(

@@ -31,8 +31,17 @@ def draw_items() -> list[dict]:
                 if turn.question not in seen:
                     seen.add(turn.question)
                     turns.append(turn)
-            items += [_item(rng, turn, think, n) for n, turn in enumerate(turns)]
+            drawn = [(turn, _item(rng, turn, think, n)) for n, turn in enumerate(turns)]
+            items += [item for turn, item in drawn if not _could_be_trained(turn)]
     return items
+
+
+def _could_be_trained(turn: tasks.Turn) -> bool:
+    """The first two wordings of sums are the same, so a small product asked with them has two keys."""
+    product, _, number = turn.key.rpartition(" ")
+    if not product.startswith("product ") or number not in ("0", "1") or not turn.question.startswith("What is"):
+        return False
+    return not all(tasks.is_held_out(tasks.Turn("arithmetic", f"{product} {n}", "", "", "")) for n in (0, 1))
 
 
 def _item(rng: Random, turn: tasks.Turn, think: bool, number: int) -> dict:

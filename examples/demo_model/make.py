@@ -8,6 +8,7 @@ to --to, which is the checkpoint that the package ships unless another folder is
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ import export
 import heldout
 import tokenizer
 import train
+
+from mlx_mimo.convert import convert_checkpoint
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "mlx_mimo" / "demo"
@@ -35,11 +38,19 @@ def main() -> None:
     train.train(arguments.work, arguments.steps)
     export.export(arguments.work / "train.pt", vocabulary, arguments.to / "checkpoint")
     heldout.write(arguments.to / "heldout.jsonl")
-    evaluation = [sys.executable, str(HERE / "evaluate.py"), "--reference", "--json"]
-    evaluation += ["--model", str(arguments.to / "checkpoint"), "--data", str(arguments.to / "heldout.jsonl")]
-    done = subprocess.run(evaluation, check=True, stdout=subprocess.PIPE, text=True)
-    card.write(arguments.to / "README.md", json.loads(done.stdout), card.training_text(arguments.work / "log.jsonl"))
+    converted = arguments.work / "4bit"
+    shutil.rmtree(converted, ignore_errors=True)
+    convert_checkpoint(arguments.to / "checkpoint", converted, recipe="4bit")
+    reference = evaluate(arguments.to, "--reference", "--model", arguments.to / "checkpoint")
+    after = evaluate(arguments.to, "--model", converted)
+    card.write(arguments.to / "README.md", reference, after, card.training_text(arguments.work / "log.jsonl"))
     print((arguments.to / "README.md").read_text())
+
+
+def evaluate(to: Path, *flags) -> dict:
+    command = [sys.executable, str(HERE / "evaluate.py"), "--json", "--data", str(to / "heldout.jsonl")]
+    done = subprocess.run([*command, *map(str, flags)], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
