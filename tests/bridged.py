@@ -15,15 +15,19 @@ STREAMED = {"MLX_MIMO_EXPERT_MEMORY": "120KB"}  # a third of the experts
 KINDS = ("stock", "bridged")
 
 
+def bridged_directory(source: Path | None = None) -> Path:
+    """`source` (default: `converted_directory`) with the bridge on, its weights being links. Read only."""
+    return _bridged(source or converted_directory())
+
+
 @cache
-def bridged_directory() -> Path:
-    """`converted_directory` with the bridge on, its weights being links. Read only."""
+def _bridged(source: Path) -> Path:
     import atexit
     import shutil
 
     root = Path(mkdtemp(prefix="mlx-mimo-bridged-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    link_directory(converted_directory(), root / "model")
+    link_directory(source, root / "model")
     bridge.switch(root / "model", True)
     return root / "model"
 
@@ -37,11 +41,11 @@ def link_directory(source: Path, target: Path) -> None:
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
 
 
-def model_flags(kind: str) -> tuple[str, ...]:
+def model_flags(kind: str, source: Path | None = None) -> tuple[str, ...]:
     """`--model` and what it needs: mlx-lm's own model, or ours through the bridge."""
     if kind == "stock":
-        return ("--model", str(converted_directory()))
-    return ("--model", str(bridged_directory()), "--trust-remote-code")
+        return ("--model", str(source or converted_directory()))
+    return ("--model", str(bridged_directory(source)), "--trust-remote-code")
 
 
 def environment(kind: str, settings: dict | None = None) -> dict:
@@ -53,11 +57,19 @@ def environment(kind: str, settings: dict | None = None) -> dict:
 
 
 def mlx_lm(
-    kind: str, command: str, *arguments, stdin: str = "", settings: dict | None = None, cwd: Path | None = None
+    kind: str,
+    command: str,
+    *arguments,
+    stdin: str = "",
+    settings: dict | None = None,
+    cwd: Path | None = None,
+    source: Path | None = None,
+    without: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess:
-    """`mlx_lm COMMAND --model …` as a process."""
+    """`mlx_lm COMMAND --model …` as a process, `without` some of `model_flags`."""
+    model = [flag for flag in model_flags(kind, source) if flag not in without]
     return subprocess.run(
-        [sys.executable, "-m", "mlx_lm", command, *model_flags(kind), *map(str, arguments)],
+        [sys.executable, "-m", "mlx_lm", command, *model, *map(str, arguments)],
         input=stdin,
         capture_output=True,
         text=True,

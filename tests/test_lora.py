@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from bridged import STREAMED, bridged_directory, generated, mlx_lm, succeeded
-from converted import converted_directory
+from converted import converted_directory, demo_directory
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -36,11 +36,11 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def train(data: Path, adapter: Path, keys: list[str], *flags: str, settings: dict | None = None):
+def train(data: Path, adapter: Path, keys: list[str], *flags: str, **options):
     config = adapter.parent / f"{adapter.name}.yaml"
     config.write_text(json.dumps({"lora_parameters": LORA | {"keys": keys}}))
     arguments = ("--train", "--data", data, "--num-layers", ALL_LAYERS, "--batch-size", 2, "--adapter-path", adapter)
-    return mlx_lm("bridged", "lora", *arguments, "-c", config, *flags, settings=settings)
+    return mlx_lm("bridged", "lora", *arguments, "-c", config, *flags, **options)
 
 
 def losses(output: str) -> list[float]:
@@ -80,6 +80,15 @@ def test_every_projection_of_attention_has_learnt(trained):
 def test_no_kernel_was_compiled_on_the_cpu(trained):
     """A C++ compiler's run for each would be minutes before the first step."""
     assert not [file for file in trained[2].rglob("*") if file.suffix in (".so", ".cpp")]
+
+
+def test_the_demo_learns(data, tmp_path):
+    flags = ("--iters", 4, "--learning-rate", "1e-3", "--steps-per-report", 1, "--val-batches", 1)
+    found = losses(succeeded(train(data, tmp_path / "adapter", ATTENTION, *flags, source=demo_directory())))
+    assert len(found) == 4
+    assert found[-1] < found[0] - 0.5
+    learnt = [name for name in mx.load(str(tmp_path / "adapter" / "adapters.safetensors")) if name.endswith("lora_b")]
+    assert len(learnt) == ALL_LAYERS * len(ATTENTION)
 
 
 def adapted(model: nn.Module) -> nn.Module:
@@ -179,6 +188,23 @@ def test_the_server_takes_an_adapter_with_residency_on(trained):
             assert answer.status_code == 200, answer.text
             texts.append(answer.json()["choices"][0]["text"])
     assert texts[0] != texts[1]
+
+
+def test_a_fused_adapter_streams_after_repack(trained, tmp_path):
+    fused = tmp_path / "fused"
+    succeeded(mlx_lm("stock", "fuse", "--adapter-path", trained[0], "--save-path", fused))
+    succeeded(mimo("repack", fused, "--in-place", command="convert"))
+    ours, _ = load(fused, expert_memory="120KB")
+    adapted, _ = load(converted_directory(), expert_memory="all", adapter_path=trained[0])
+    plain, _ = load(converted_directory(), expert_memory="all")
+    tokens = mx.random.randint(0, 256, (1, 12), key=mx.random.key(0))
+    logits = ours(tokens)
+    assert not ours.residency.all_resident
+    # Fusing rounds the sum of weight and adapter to the weight's bits again.
+    error, effect = mx.abs(logits - adapted(tokens)).mean().item(), mx.abs(logits - plain(tokens)).mean().item()
+    assert error < effect / 3
+    for model in (ours, adapted, plain):
+        model.residency.close()
 
 
 def on_experts(directory: Path, keys: list[str] | None) -> Path:

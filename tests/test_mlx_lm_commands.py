@@ -1,0 +1,188 @@
+"""mlx-lm's own commands as processes on a converted directory: stock, and with our model through the bridge."""
+
+import importlib.util
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+from bridged import KINDS, environment, generated, mlx_lm, model_flags, succeeded
+
+# Ours is what a change here may break; mlx-lm's own model runs before a release.
+EITHER = pytest.mark.parametrize("kind", [pytest.param("stock", marks=pytest.mark.slow), "bridged"])
+EXTRA = "the extra is missing: pip install 'mlx-mimo[evaluate]'"
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=EXTRA)
+
+
+GREEDY = ("--prompt", "hello", "-m", 12, "--temp", 0)
+
+
+def test_generate_wants_the_flag_that_trusts_the_bridge():
+    refused = mlx_lm("bridged", "generate", *GREEDY, without=("--trust-remote-code",))
+    assert refused.returncode != 0
+    assert "trust_remote_code" in refused.stderr
+
+
+def test_generate_stock_without_a_flag():
+    assert len(generated(mlx_lm("stock", "generate", *GREEDY))) > 1
+
+
+def test_generate_streams_experts_and_says_what_the_resident_model_says(tmp_path):
+    profile = tmp_path / "use.npz"
+    streamed = generated(mlx_lm("bridged", "generate", *GREEDY, settings={"MLX_MIMO_PROFILE": str(profile)}))
+    assert streamed == generated(mlx_lm("bridged", "generate", *GREEDY, settings={"MLX_MIMO_EXPERT_MEMORY": "all"}))
+    assert profile.exists(), "our residency did not run"
+
+
+@EITHER
+def test_chat(kind):
+    said = succeeded(mlx_lm(kind, "chat", "--max-tokens", 4, "--temp", 0, stdin="hello\nand now\nq\n"))
+    assert said.count("›") == 3
+    assert said.rstrip().endswith("bye\x1b[0m")
+
+
+@EITHER
+def test_a_cache_that_cache_prompt_wrote_serves_generate(kind, tmp_path):
+    file = ("--prompt-cache-file", tmp_path / "cache.safetensors")
+    succeeded(mlx_lm(kind, "cache_prompt", "--prompt", "hello, this is longer than one window of it", *file))
+    assert generated(mlx_lm(kind, "generate", "--prompt", "more", "-m", 3, "--temp", 0, *file))
+
+
+@EITHER
+def test_benchmark(kind):
+    measured = succeeded(mlx_lm(kind, "benchmark", "-p", 8, "-g", 4, "-n", 1))
+    found = re.search(r"Averages: prompt_tps=([\d.]+), generation_tps=([\d.]+)", measured)
+    assert float(found[1]) > 0
+    assert float(found[2]) > 0
+
+
+# The server
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()
+        try:
+            if requests.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except requests.ConnectionError:
+            pass  # not listening yet
+        time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+@EITHER
+def test_server(kind, tmp_path):
+    profile, log, port = tmp_path / "use.npz", tmp_path / "log", free_port()
+    command = [sys.executable, "-m", "mlx_lm", "server", *model_flags(kind), "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment(kind, {"MLX_MIMO_PROFILE": str(profile)})
+        )
+    url = f"http://127.0.0.1:{port}"
+
+    def ask(text: str) -> dict:
+        messages = [{"role": "user", "content": text}]
+        body = {"messages": messages, "max_tokens": 5, "temperature": 0}
+        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=300)
+        assert answer.status_code == 200, log.read_text()
+        return answer.json()
+
+    try:
+        until_healthy(process, url, log)
+        first = ask("hello")
+        assert first["usage"]["completion_tokens"] == 5
+        with ThreadPoolExecutor(2) as pool:  # mlx-lm puts the two into one batch
+            together = list(pool.map(ask, ["hello", "good morning"]))
+        assert together[0]["choices"][0]["message"] == first["choices"][0]["message"]
+        assert together[1]["usage"]["completion_tokens"] == 5
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert profile.exists() == (kind == "bridged"), log.read_text()
+
+
+# Perplexity and evaluation, on local data
+
+SENTENCES = ["the cat sat on the mat", "the dog ran to the tree", "a bird sang in the rain", "we all went home"]
+
+
+def perplexity(kind: str, folder: Path, settings: dict | None = None) -> float:
+    flags = ("--data-path", folder, "--sequence-length", 40, "--num-samples", 2, "--batch-size", 2)
+    caches = {"HF_HOME": str(folder.parent / "hf")}
+    printed = succeeded(mlx_lm(kind, "perplexity", *flags, settings=caches | (settings or {})))
+    return float(re.search(r"Perplexity: ([\d.]+)", printed)[1])
+
+
+@needs("datasets")
+def test_perplexity_of_a_local_folder(tmp_path):
+    folder = tmp_path / "sentences"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
+    streamed = perplexity("bridged", folder)
+    assert streamed == perplexity("bridged", folder, {"MLX_MIMO_EXPERT_MEMORY": "all"})
+    # mlx-lm's own model computes in bfloat16 here, and its window is a key shorter.
+    assert streamed == pytest.approx(perplexity("stock", folder), rel=0.05)
+
+
+CHOOSE = """\
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list: [{metric: acc}]
+"""
+WRITE = """\
+task: endings
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.mark.slow
+@needs("lm_eval")
+@needs("datasets")
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluate_with_local_tasks(kind, tmp_path):
+    (tmp_path / "colours.yaml").write_text(CHOOSE)
+    (tmp_path / "endings.yaml").write_text(WRITE)
+    # Each question once with either answer: whatever the model prefers, half of them are right.
+    asked = [
+        {"question": f"the {thing} is", "choices": [" blue", " green"], "answer": answer}
+        for thing in ("sky", "sea", "meadow")
+        for answer in (0, 1)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    flags = ("--tasks", "colours.yaml", "endings.yaml", "--batch-size", 2, "--output-dir", "results")
+    succeeded(mlx_lm(kind, "evaluate", *flags, settings={"HF_HOME": str(tmp_path / "hf")}, cwd=tmp_path))
+    (file,) = (tmp_path / "results").iterdir()
+    results = json.loads(file.read_text())
+    assert results["colours"]["acc,none"] == 0.5
+    assert results["colours"]["sample_len"] == results["endings"]["sample_len"] == len(asked)
+    assert results["endings"]["exact_match,none"] == 0.0  # four tokens of a random model
