@@ -12,8 +12,10 @@ from mlx_mimo.server.worker import wait_until
 
 
 @contextlib.contextmanager
-def running_server(directory: Path, *flags: str, wait: bool = True) -> Iterator[Running]:
-    args = build_parser().parse_args(["--model", str(directory), "--port", "0", "--expert-memory", "120KB", *flags])
+def running_server(directory: Path | None, *flags: str, wait: bool = True) -> Iterator[Running]:
+    """Of a directory, or of the demo; its experts streamed unless `flags` say otherwise."""
+    model = () if directory is None else ("--model", str(directory))
+    args = build_parser().parse_args([*model, "--port", "0", "--expert-memory", "120KB", *flags])
     complete(args)
     server = Running(args, load_options(args))
     server.start()
