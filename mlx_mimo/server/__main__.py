@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 from ..arguments import (
+    add_adapter_argument,
     add_model_arguments,
     json_object,
     load_options,
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the directory's or the repo's name")
     parser.add_argument("--allowed-origins", type=_list, default=(), metavar="URL,…", help="pages that may ask")
     parser.add_argument("--allowed-hosts", type=_list, default=(), metavar="NAME,…", help="more names of this server")
-    parser.add_argument("--adapter-path", metavar="DIR", help="LoRA adapter")
+    add_adapter_argument(parser)
     parser.add_argument("--temp", type=non_negative_float, help="default temperature (default: the model's own)")
     parser.add_argument("--top-p", type=non_negative_float, help="default top_p (default: the model's own)")
     parser.add_argument("--top-k", type=non_negative_int, help="default top_k (default: the model's own)")

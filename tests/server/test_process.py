@@ -1,5 +1,6 @@
 """The command as a process: how it starts, and how it ends."""
 
+import json
 import os
 import queue
 import re
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 
+import mlx.core as mx
 import openai
 import pytest
 
@@ -131,3 +133,16 @@ def test_a_model_that_cannot_be_loaded_ends_it_with_one_line(start, model_direct
     assert process.end() == 1
     process.wait_for(r"error: .*model-experts-2\.safetensors")
     assert "Traceback" not in process.said
+
+
+def test_an_adapter_on_streamed_experts_or_nowhere_ends_it_with_one_line(start, model_directory, tmp_path):
+    config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 4, "scale": 1.0, "dropout": 0.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    weights = {"model.layers.1.mlp.switch_mlp.gate_proj.lora_a": mx.zeros((8, 4, 128))}
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    for adapter, code, said in ((tmp_path, 1, "adapts experts"), (tmp_path / "nowhere", 2, "no such directory")):
+        process = start("--model", model_directory, *FLAGS, "--adapter-path", adapter)
+        assert process.end() == code
+        process.wait_for(f"error: .*{said}")
+        assert "Traceback" not in process.said
+        assert "ready:" not in process.said
