@@ -17,17 +17,18 @@ from mlx_mimo.cpu.packed import Expert, Packed, experts, matmul
 HIDDEN, INNER, TOP_K = 4096, 2048, 8  # the released model's
 
 
-@njit(parallel=True, fastmath=True)
+@njit(parallel=True)
 def read(x, parts):
-    """Sums x: nothing but reading."""
-    total = 0.0
+    """Sums x, int64: nothing but reading. Integers, since sums of floats are compiled one addition after another."""
+    totals = np.zeros(parts, np.int64)
     size = x.size // parts
     for part in prange(parts):
-        partial = np.float32(0)
-        for i in range(part * size, (part + 1) * size):
-            partial += x[i]
-        total += partial
-    return total
+        mine = x[part * size : (part + 1) * size]
+        total = 0
+        for i in range(mine.size):
+            total += mine[i]
+        totals[part] = total
+    return totals.sum()
 
 
 def random_bank(slots: int, rows: int, columns: int, bits: int, group: int, mode: str) -> Packed:
@@ -69,7 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         kernels.set_threads(options.threads)
-    big = np.ones(2**27, np.float32)
+    big = np.ones(2**26, np.int64)
     x = np.random.default_rng(1).normal(size=(1, HIDDEN)).astype(np.float32)
     formats = [(bits, options.group, "affine") for bits in options.bits] + [(4, 32, "mxfp4")] * options.mxfp4
     print(f"{kernels.threads()} threads, {options.repeats} repeats, GB/s as medians")

@@ -66,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="converted directory (default: the demo)")
     parser.add_argument("--synthetic", metavar="SIZE", help="random weights of this size instead")
+    parser.add_argument("--narrow", type=int, choices=(1, 2, 4), default=1, help="as in bench")
     parser.add_argument("--expert-memory", default="all")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=30)
@@ -75,7 +76,7 @@ def main() -> None:
         directory = options.model
         if options.synthetic:
             directory = Path(folder)
-            write_synthetic(directory, synthetic_config(parse_size(options.synthetic), "4bit"), "4bit")
+            write_synthetic(directory, synthetic_config(parse_size(options.synthetic), "4bit", options.narrow), "4bit")
         model, _ = load(directory, expert_memory=options.expert_memory, threads=options.threads)
         if not any(isinstance(module, KernelLinear) for module in model.modules()):
             raise SystemExit("no CPU kernels are in use: this measures the CPU fallback only")

@@ -111,7 +111,7 @@ def test_a_diagram_is_shown_by_a_page(path):
 # Who may import whom, as docs/layout.svg draws it.
 ARROWS = {
     "commands": {"commands", "server", "runtime", "experts", "convert", "config", "record"},
-    "server": {"commands", "runtime", "models", "config"},
+    "server": {"commands", "runtime", "models", "config", "record"},
     "runtime": {"models", "experts", "cpu", "convert", "config", "record"},
     "models": {"config"},
     "experts": {"cpu", "record"},

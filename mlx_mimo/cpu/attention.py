@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import MimoError
+from . import blas
 from .modules import host, on_host
 
 BLOCK = 256  # queries at a time, so that scores stay small
@@ -17,7 +18,13 @@ def attention(queries, keys, values, cache=None, *, scale: float, mask=None, sin
         mask = np.asarray(mask) if mask.dtype == mx.bool_ else host(mask)
     sinks = None if sinks is None else host(sinks)
     keys, values = (_seen(part) for part in (keys, values))
-    return on_host(lambda q: _attend(q, keys, values, scale, mask, sinks))(queries)
+    multiplications = queries.size * keys.shape[2] * 2
+
+    def attend(q):
+        with blas.limited(multiplications):
+            return _attend(q, keys, values, scale, mask, sinks)
+
+    return on_host(attend)(queries)
 
 
 def _seen(x: mx.array) -> np.ndarray:

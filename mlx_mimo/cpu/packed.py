@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import MimoError
-from . import kernels
+from . import blas, kernels
 from .formats import AFFINE_BITS, FORMAT_BITS, lane_scales
 
 FEW = 8  # up to so many rows the kernels read packed weights; above, blocks are made float32 for BLAS
@@ -119,7 +119,8 @@ class Packed:
         addresses = [address + at * size for address, size in zip(self.addresses, self.row_bytes)]
         lanes = _lanes(self.format)
         table = [*addresses, *self.row_bytes[:2], lanes.ctypes.data, out.ctypes.data, self.n, out.strides[0]]
-        kernels.run(kernels.dequantise(self.format, self.scale, self.units), table, last - first, 4 * out.size)
+        # By one thread: another that has just worked keeps a core busy waiting, and BLAS comes next and wants them all.
+        kernels.run(kernels.dequantise(self.format, self.scale, self.units), table, last - first, 0)
         return out
 
 
@@ -195,9 +196,10 @@ def _few(activations: Activations, packed: Packed, runs: list[Runs], out: np.nda
 def _many(x: np.ndarray, packed: Packed, slot: int, out: np.ndarray) -> None:
     step = max(1, BLOCK_BYTES // (4 * packed.columns))
     buffer = np.empty(min(step, packed.rows) * packed.columns, np.float32)
-    for first in range(0, packed.rows, step):
-        last = min(first + step, packed.rows)
-        out[:, first:last] = x @ packed.dequantised(slot, first, last, buffer).T
+    with blas.limited(x.size * packed.rows):
+        for first in range(0, packed.rows, step):
+            last = min(first + step, packed.rows)
+            out[:, first:last] = x @ packed.dequantised(slot, first, last, buffer).T
 
 
 # ---- experts
