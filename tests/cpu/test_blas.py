@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("numba")
 threadpoolctl = pytest.importorskip("threadpoolctl")
 
-from mlx_mimo.cpu import blas, kernels
+from mlx_mimo.cpu import blas, kernels  # noqa: E402
 
 
 def blas_threads() -> set[int]:
