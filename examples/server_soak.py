@@ -1,8 +1,8 @@
 """Mixed traffic against a running server for a while; says whether it stood it.
 
-`python examples/server_soak.py --pid N`: streams, whole answers, clients that leave, and bad requests, from several
-threads. Exits 1 where a request failed, the server was not healthy at the end, or its memory went on growing after the
-first third.
+`python examples/server_soak.py --pid N`: streams, whole answers, several choices, calls that must come, saves of the
+prompt cache, clients that leave, and bad requests, from several threads. Exits 1 where a request failed, the server was
+not healthy at the end, or its memory went on growing after the first third.
 """
 
 import argparse
@@ -38,6 +38,25 @@ def streamed(url: str, chance: random.Random) -> str:
     return "whole stream" if b"data: [DONE]" in lines else "failed: the stream broke off"
 
 
+def several(url: str, chance: random.Random) -> str:
+    answer = requests.post(url + PATH, json=body(chance, n=2), timeout=300)
+    return str(answer.status_code) if answer.status_code != 200 else f"{len(answer.json()['choices'])} choices"
+
+
+def forced(url: str, chance: random.Random) -> str:
+    schema = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    tools = [{"type": "function", "function": {"name": "lamp", "parameters": schema}}]
+    asked = body(chance, max_tokens=200, tools=tools, tool_choice="required", parallel_tool_calls=False)
+    answer = requests.post(url + PATH, json=asked, timeout=300)
+    if answer.status_code != 200:
+        return str(answer.status_code)
+    return "a call" if answer.json()["choices"][0]["message"].get("tool_calls") else "failed: no call"
+
+
+def saves(url: str, chance: random.Random) -> str:
+    return str(requests.post(f"{url}/prompt-cache/save", timeout=300).status_code)
+
+
 def leaves(url: str, chance: random.Random) -> str:
     parts = urlsplit(url)
     data = json.dumps(body(chance, stream=chance.random() < 0.5, max_tokens=400)).encode()
@@ -66,7 +85,7 @@ def main() -> int:
     def client(seed: int) -> None:
         chance = random.Random(seed)
         while time.monotonic() < end:
-            action = chance.choice((whole, streamed, streamed, leaves, bad))
+            action = chance.choice((whole, streamed, streamed, several, forced, saves, leaves, bad))
             try:
                 outcome = action(args.url, chance)
             except requests.RequestException as error:

@@ -13,13 +13,13 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from ..errors import FormatError
-from ..experts.header import Header, read_header
 from ..models.cache import SlidingKVCache
 from .prompt_cache import Checkpoint, Entry, PromptCache
 
 FORMAT = "mlx_mimo prompt cache 1"
 DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.int32: "I32"}
 BLOCK_BYTES = 16 * 2**20
+MOST_HEADER_BYTES = 100_000_000  # as safetensors' own readers have it
 _UNKNOWN_SUM = "0" * 64
 
 
@@ -61,17 +61,13 @@ class PromptCacheFile:
         """
         if not self.path.exists():
             return 0
-        header = read_header(self.path)
-        if header.metadata.get("format") != FORMAT:
-            raise FormatError(f"{self.path.name}: not a prompt cache ({FORMAT!r} expected as its format)")
-        if header.metadata.get("fingerprint") != fingerprint:
-            raise FormatError(f"{self.path.name}: the prompt cache of another model, adapter, window or version")
-        if len(header.metadata.get("sha256", "")) != 64 or header.metadata["sha256"] != _sum_of(header):
-            raise FormatError(f"{self.path.name}: damaged: its bytes are not those that were written")
-        try:
-            entries = _read(header, model, cache.max_entries, cache.max_bytes)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise FormatError(f"{self.path.name}: not as a prompt cache is: {error!r}") from error
+        with open(self.path, "rb") as file:
+            header = Header.read(file, self.path.name)
+            if header.metadata.get("fingerprint") != fingerprint:
+                raise FormatError(f"{self.path.name}: the prompt cache of another model, adapter, window or version")
+            if header.metadata.get("sha256") != header.sum_of(file):
+                raise FormatError(f"{self.path.name}: damaged: its bytes are not those that were written")
+            entries = _read(file, header, model, cache.max_entries, cache.max_bytes)
         for entry in entries:
             cache.give(entry)
         return len(entries)
@@ -132,42 +128,66 @@ def _write(file, entries: list[Entry], fingerprint: str) -> None:
     file.seek(0, os.SEEK_END)
 
 
-def _sum_of(header: Header) -> str:
-    with open(header.path, "rb") as file:
-        head = file.read(header.data_offset)
-        digest = hashlib.sha256(head.replace(header.metadata["sha256"].encode(), _UNKNOWN_SUM.encode(), 1))
+@dataclass(frozen=True)
+class Header:
+    """What stands before the data. Nothing in it may be relied on before the sum has been compared."""
+
+    raw: bytes
+    metadata: dict[str, str]
+    fields: dict[str, dict]
+
+    @classmethod
+    def read(cls, file, name: str) -> "Header":
+        """Raises FormatError where this is no prompt cache."""
+        start = file.read(8)
+        raw = start + file.read(min(int.from_bytes(start, "little"), MOST_HEADER_BYTES))
+        try:
+            fields = json.loads(raw[8:])
+            metadata = fields.pop("__metadata__")
+            good = metadata["format"] == FORMAT and len(metadata["sha256"]) == len(_UNKNOWN_SUM)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            good = False
+        if not good:
+            raise FormatError(f"{name}: not a prompt cache, or not a whole one")
+        return cls(raw, metadata, fields)
+
+    def sum_of(self, file) -> str:
+        """Of the header, its own place in it apart, and all that follows."""
+        digest = hashlib.sha256(self.raw.replace(self.metadata["sha256"].encode(), _UNKNOWN_SUM.encode(), 1))
+        file.seek(len(self.raw))
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
-    return digest.hexdigest()
+        return digest.hexdigest()
+
+    def place(self, name: str) -> tuple[int, int]:
+        """(first byte, bytes) of an array"""
+        begin, end = self.fields[name]["data_offsets"]
+        return len(self.raw) + begin, end - begin
 
 
-def _read(header: Header, model, max_entries: int, max_bytes: int | None) -> list[Entry]:
+def _read(file, header: Header, model, max_entries: int, max_bytes: int | None) -> list[Entry]:
     """The latest entries that fit, the least recently used first."""
     described = json.loads(header.metadata["entries"])
     sizes = [0] * len(described)
-    for name, tensor in header.tensors.items():
+    for name in header.fields:
         number, _, of = name.partition(".")
-        sizes[int(number)] += 0 if of == "tokens" else tensor.nbytes
+        sizes[int(number)] += 0 if of == "tokens" else header.place(name)[1]
     chosen, total = [], 0
     for number in reversed(range(len(described))):
         total += sizes[number]
         if len(chosen) == max_entries or (max_bytes is not None and total > max_bytes):
             break
         chosen.insert(0, number)
-    entries = []
-    with open(header.path, "rb") as file:
-        for number in chosen:
-            entries.append(_entry(file, header, number, described[number]["checkpoints"], model.make_cache()))
-    return entries
+    return [_entry(file, header, n, described[n]["checkpoints"], model.make_cache()) for n in chosen]
 
 
 def _entry(file, header: Header, number: int, lengths: list[int], caches: list) -> Entry:
     def array(name: str) -> mx.array:
-        tensor = header.tensors[f"{number}.{name}"]
-        file.seek(tensor.offset)
-        raw = np.frombuffer(file.read(tensor.nbytes), np.uint8)
-        kind = next(kind for kind, text in DTYPES.items() if text == tensor.dtype)
-        return mx.array(raw).view(kind).reshape(tensor.shape)
+        name = f"{number}.{name}"
+        begin, size = header.place(name)
+        file.seek(begin)
+        kind = next(kind for kind, text in DTYPES.items() if text == header.fields[name]["dtype"])
+        return mx.array(np.frombuffer(file.read(size), np.uint8)).view(kind).reshape(header.fields[name]["shape"])
 
     entry = Entry(array("tokens").tolist(), caches)
     for layer, cache in enumerate(caches):
