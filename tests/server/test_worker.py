@@ -139,3 +139,34 @@ def test_a_failed_step_of_a_batch_leaves_the_server_running(resident):
         layer.switch_mlp = experts
     assert post(resident).status_code == 200
     assert resident.worker.is_healthy
+
+
+def test_choices_and_forced_calls_work_beside_a_batch(resident):
+    """A grammar wants one sequence at a time; the batch ends first, and begins again."""
+    tool = {
+        "type": "function",
+        "function": {"name": "door", "parameters": {"properties": {"open": {"type": "boolean"}}}},
+    }
+    forced = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 200}
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        several = [pool.submit(post, resident, n=3, temperature=1) for _ in range(3)]
+        calls = [pool.submit(post, resident, **forced) for _ in range(3)]
+    for answer in several:
+        assert [choice["index"] for choice in answer.result().json()["choices"]] == [0, 1, 2]
+    for answer in calls:
+        (call,) = answer.result().json()["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "door"
+    assert resident.worker.outstanding == 0
+
+
+def test_a_server_that_is_leaving_finishes_every_choice_of_a_request(server, monkeypatch):
+    answer = server.worker._answer
+
+    def leaving(*args) -> None:
+        server.worker.draining = True
+        answer(*args)
+
+    monkeypatch.setattr(server.worker, "draining", False)
+    monkeypatch.setattr(server.worker, "_answer", leaving)
+    assert len(post(server, n=3).json()["choices"]) == 3
+    assert post(server).status_code == 503
