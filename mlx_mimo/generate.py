@@ -135,10 +135,9 @@ def peak_memory_bytes() -> int:
 
     if mx.default_device() != mx.Device(mx.cpu):
         return mx.get_peak_memory()
-    import resource
+    from .runtime import machine
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return machine.peak_memory_bytes()
 
 
 def report(model, text: str, ids: list[int], prompt_tokens: int, last, reason: str | None) -> dict:

@@ -20,6 +20,8 @@ from .reader import ExpertReader
 from .record import ExpertFile
 from .residents import SORTED_PAIRS, Need
 
+ENOUGH_WAITING = 0.5  # share of the reading time in which computing hits holds nobody up; docs/RESIDENCY.md
+
 
 @mx.custom_function
 def _constant(x: mx.array) -> mx.array:
@@ -49,11 +51,12 @@ class Ahead:
 class StreamedSwitchGLU(nn.Module):
     """Experts of layer `layer` through `pool`. `trace`, where set, is told each call's routing.
 
-    `split` computes hits while misses are read; `ahead`, where set, reads what the next layer will probably need.
-    `before`, where set, is called before anything else.
+    `split` computes hits while misses are read; None does so while reads keep their threads waiting for the disk.
+    `ahead`, where set, reads what the next layer will probably need. `before`, where set, is called before anything
+    else.
     """
 
-    def __init__(self, layer: int, pool: Pool, compute: Compute, split: bool = False):
+    def __init__(self, layer: int, pool: Pool, compute: Compute, split: bool | None = False):
         super().__init__()
         self.layer = layer
         self.pool = pool
@@ -87,7 +90,8 @@ class StreamedSwitchGLU(nn.Module):
     def _decode(self, x: mx.array, chosen: np.ndarray, guesses: np.ndarray | None) -> mx.array:
         """x (T, hidden), chosen (T, K) → (T, K, hidden), in one piece wherever the slots suffice."""
         parts = None
-        with closing(self.pool.serve(Need.of(self.layer, chosen), self.split, hold=guesses is not None)) as steps:
+        split = self.pool.reader.waiting > ENOUGH_WAITING if self.split is None else self.split
+        with closing(self.pool.serve(Need.of(self.layer, chosen), split, hold=guesses is not None)) as steps:
             for step in steps:
                 if step.last and parts is None:
                     y = self.compute(x, self.pool.slots_of(self.layer, chosen), self.pool.arrays)

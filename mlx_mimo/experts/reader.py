@@ -15,6 +15,7 @@ from ..errors import MimoError
 from .record import ExpertFile
 
 INLINE_BYTES = 256 * 1024  # less than this is read by the caller: waking a thread costs more than the read
+MEMORY = 1 / 8  # weight of the latest batch in `ExpertReader.waiting`
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,17 @@ class Request:
 
 
 class Batch:
-    """Requests under way. `wait` returns when none of them touches a buffer any more."""
+    """Requests under way. `wait` returns when none of them touches a buffer any more.
 
-    def __init__(self, requests: Sequence[Request]):
+    `ended`, where given, is told once how many seconds the batch took, and how many of the processor.
+    """
+
+    def __init__(self, requests: Sequence[Request], ended: Callable[[float, float], None] | None = None):
         self.requests = requests
         self.errors: list[MimoError | None] = [None] * len(requests)
+        self._ended = ended
+        self._began = time.perf_counter()
+        self._processor_seconds = 0.0
         self._open = len(requests)
         self._lock = threading.Lock()
         self._done = threading.Event()
@@ -51,12 +58,15 @@ class Batch:
         self._done.wait()
         return self.errors
 
-    def _finish(self, index: int, error: MimoError | None) -> None:
+    def _finish(self, index: int, error: MimoError | None, processor_seconds: float) -> None:
         self.errors[index] = error
         with self._lock:
+            self._processor_seconds += processor_seconds
             self._open -= 1
             last = self._open == 0
         if last:
+            if self._ended is not None:
+                self._ended(time.perf_counter() - self._began, self._processor_seconds)
             self._done.set()
 
 
@@ -64,7 +74,8 @@ class ExpertReader:
     """Reads records of the given files, at most `threads` at a time.
 
     The files stay open until `close`. `bytes_read`, `calls` (system calls that returned data) and `seconds` (wall time
-    during which at least one read was running) only grow. `preadv` can be replaced to inject faults.
+    during which at least one read was running) only grow. `waiting` says what share of the latest batches' time their
+    readers waited for the disk, 0 to 1: the processor is free for as long. `preadv` can be replaced to inject faults.
     """
 
     def __init__(self, files: dict[int, ExpertFile], threads: int = 8, preadv: Callable = os.preadv):
@@ -74,6 +85,7 @@ class ExpertReader:
         self.threads = threads
         self.bytes_read = 0
         self.calls = 0
+        self.waiting = 0.0
         self._preadv = preadv
         self._lock = threading.Lock()
         self._seconds = 0.0
@@ -98,13 +110,16 @@ class ExpertReader:
     def submit(self, requests: Iterable[Request | tuple]) -> Batch:
         """Starts the reads, largest first, and returns at once (small batches are read here and now)."""
         requests = [r if isinstance(r, Request) else Request(*r) for r in requests]
-        batch = Batch(requests)
         sizes = [request.nbytes for request in requests]
         order = sorted(range(len(requests)), key=sizes.__getitem__, reverse=True)
         if sum(sizes) < INLINE_BYTES:
+            batch = Batch(requests)
             for index in order:
                 self._serve(batch, index)
+            self.waiting -= self.waiting * MEMORY  # the caller was kept busy
             return batch
+        lanes = min(self.threads, len(requests), os.cpu_count() or 1)
+        batch = Batch(requests, lambda seconds, busy: self._note_waiting(1.0 - busy / (seconds * lanes)))
         self._start_workers(len(requests))
         for index in order:
             self._queue.put((batch, index))
@@ -130,6 +145,10 @@ class ExpertReader:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
+    def _note_waiting(self, share: float) -> None:
+        with self._lock:
+            self.waiting += (min(1.0, max(0.0, share)) - self.waiting) * MEMORY
+
     def _start_workers(self, wanted: int) -> None:
         while len(self._workers) < min(self.threads, wanted):
             worker = threading.Thread(target=self._work, name=f"expert-reader-{len(self._workers)}", daemon=True)
@@ -142,6 +161,7 @@ class ExpertReader:
 
     def _serve(self, batch: Batch, index: int) -> None:
         error: MimoError | None = None
+        busy = time.thread_time()
         with self._lock:
             if self._running == 0:
                 self._since = time.perf_counter()
@@ -159,7 +179,7 @@ class ExpertReader:
                 self._running -= 1
                 if self._running == 0:
                     self._seconds += time.perf_counter() - self._since
-            batch._finish(index, error)
+            batch._finish(index, error, time.thread_time() - busy)
 
     def _where(self, request: Request) -> str:
         file = self.files.get(request.layer)

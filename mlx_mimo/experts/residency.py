@@ -39,15 +39,16 @@ def attach(
     half_life_tokens: float = DEFAULT_HALF_LIFE_TOKENS,
     reader_threads: int = 8,
     lookahead: bool = False,
-    split: bool = False,
+    split: bool | None = None,
     in_place: bool | None = None,
 ) -> "Residency":
     """Gives every MoE layer of `model` its experts from the expert files in `directory`.
 
     `expert_memory_bytes` is what all slots together may take, `slots` their number instead; with neither, or with
-    enough for all, every expert is read now and stays. `split` computes hits while misses are read, `lookahead` reads
-    ahead what the next layer's router would choose, `in_place` overrides the check whether the host can write into the
-    device's arrays. Raises FormatError when files and model do not belong together.
+    enough for all, every expert is read now and stays. `split` computes hits while misses are read; None decides: on a
+    GPU never, since computing in two pieces costs a wait for the device, and elsewhere while reads wait for the disk.
+    `lookahead` reads ahead what the next layer's router would choose, `in_place` overrides the check whether the host
+    can write into the device's arrays. Raises FormatError when files and model do not belong together.
     """
     files = expert_files(directory)
     layers = _moe_layers(model)
@@ -61,6 +62,8 @@ def attach(
     if slots is not None:
         expert_memory_bytes = total if slots >= sum(experts) else slots * total // sum(experts)
     in_place = host_writable() if in_place is None else in_place
+    if split is None and mx.default_device() != mx.Device(mx.cpu):
+        split = False
     reader = ExpertReader(files, reader_threads)
     modules: dict[int, nn.Module] = {}
     pools: list[Pool] = []

@@ -180,6 +180,22 @@ def chip_name() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
+def peak_memory_bytes() -> int:
+    """The most memory that this process had so far.
+
+    Linux keeps ru_maxrss across an exec, so there a program begins with the peak of the one that started it.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            line = next(line for line in status if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except (FileNotFoundError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if platform.system() == "Darwin" else peak * 1024
+
+
 def copy_speed(nbytes: int = 1 << 26) -> float:
     """Bytes a second that one NumPy copy reads and writes: a lower bound of the memory's bandwidth."""
     import numpy as np

@@ -97,10 +97,30 @@ def test_the_resident_layer_waits_for_nothing(tmp_path):
 def test_splitting_hits_from_misses_changes_no_bit(tmp_path, slots):
     files = Files(tmp_path, "affine4")
     reference = reference_glu(files.truth[1])
-    layer = files.streamed(slots, split=True)
-    for seed in range(12):
-        x, chosen = tokens((1, 1 + seed % 3), seed)
-        assert mx.array_equal(layer(x, chosen), reference(x, chosen))
+    for split in (True, None):
+        layer = files.streamed(slots, split=split)
+        for seed in range(12):
+            files.reader.waiting = seed / 12
+            x, chosen = tokens((1, 1 + seed % 3), seed)
+            assert mx.array_equal(layer(x, chosen), reference(x, chosen))
+
+
+@pytest.mark.parametrize(
+    ("split", "waiting", "pieces"), [(None, 0.9, 2), (None, 0.1, 1), (True, 0.1, 2), (False, 1, 1)]
+)
+def test_hits_are_computed_first_while_reads_wait_for_the_disk(tmp_path, split, waiting, pieces):
+    files, calls = Files(tmp_path, "affine4"), []
+    layer = files.streamed(EXPERTS // 2, split=split)
+    layer.compute = lambda x, slots, banks, grouped=False: (
+        calls.append(slots.size) or files.compute(x, slots, banks, grouped)
+    )
+    layer.compute.takes_lazy = True
+    chosen = np.arange(TOP_K, dtype=np.uint32)[None, None]
+    layer(tokens((1, 1))[0], mx.array(chosen))
+    files.reader.waiting = waiting
+    calls.clear()
+    layer(tokens((1, 1))[0], mx.array(chosen + TOP_K - 1))
+    assert calls == ([1, TOP_K - 1] if pieces == 2 else [TOP_K])
 
 
 def test_outputs_left_lazy_are_right_in_any_order_of_evaluation(tmp_path):

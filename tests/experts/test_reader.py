@@ -9,7 +9,7 @@ import pytest
 from tiny_experts import random_experts, write_expert_file
 
 from mlx_mimo.errors import MimoError
-from mlx_mimo.experts.reader import ExpertReader
+from mlx_mimo.experts.reader import MEMORY, ExpertReader
 from mlx_mimo.experts.record import expert_files
 
 
@@ -189,6 +189,37 @@ def test_submit_does_not_wait_and_no_more_than_the_threads_run(files, monkeypatc
     assert batch.wait() == [None] * len(requests)
     assert max(most) == 3
     assert_all_right(files, targets)
+    reader.close()
+
+
+def test_it_knows_whether_its_reads_wait_for_the_disk(files, monkeypatch):
+    def slow(fd, views, offset):
+        time.sleep(0.03)
+        return os.preadv(fd, views, offset)
+
+    reader = ExpertReader(files, threads=3, preadv=slow)
+    requests, _ = everything(files)
+    reader.read(requests)  # inline: the caller cannot do anything else
+    assert reader.waiting == 0
+    monkeypatch.setattr("mlx_mimo.experts.reader.INLINE_BYTES", 0)
+    for _ in range(12):
+        reader.read(requests[:2])
+    waiting = reader.waiting
+    assert 0.6 < waiting <= 1
+    monkeypatch.undo()
+    reader.read(requests[:2])
+    assert reader.waiting < waiting
+    reader.close()
+
+
+def test_reads_that_keep_the_processor_busy_do_not_wait(files, monkeypatch):
+    monkeypatch.setattr("mlx_mimo.experts.reader.INLINE_BYTES", 0)
+    clock = iter(range(0, 1000, 5))  # each read takes five seconds of its thread, and at least as long
+    monkeypatch.setattr("mlx_mimo.experts.reader.time.thread_time", lambda: next(clock))
+    reader = ExpertReader(files, threads=1)
+    reader.waiting = 1.0
+    reader.read(everything(files)[0][:4])
+    assert reader.waiting == 1 - MEMORY
     reader.close()
 
 

@@ -105,6 +105,18 @@ def test_outputs_do_not_depend_on_what_is_resident(attached, truth, slots, polic
         assert counters.policy == policy
 
 
+@pytest.mark.parametrize("split", [False, True, None])
+@pytest.mark.parametrize("slots", [ALL // 2, DEMAND])
+def test_outputs_do_not_depend_on_computing_hits_first(attached, truth, monkeypatch, slots, split):
+    monkeypatch.setattr("mlx_mimo.experts.reader.INLINE_BYTES", 0)
+    model, residency = attached(slots=slots, split=split)
+    layers = {residency.modules[layer].split for layer in residency.modules}
+    assert layers == ({None} if split is None and mx.default_device() == mx.Device(mx.cpu) else {bool(split)})
+    residency.reader._note_waiting = lambda share: None
+    residency.reader.waiting = 0.9
+    assert_same(outputs(model), truth)
+
+
 def test_on_a_backend_that_must_copy(attached, truth):
     for slots in (None, 9):
         model, _ = attached(slots=slots, in_place=False)
