@@ -4,18 +4,17 @@
     python examples/residency_bench.py run DIR [--threads 8] [--only reading,decode,hits,prefill,memory]
 
 Each part prints what was measured beside what it is compared with; docs/RESIDENCY.md says what to expect. The page
-cache is emptied of the files before every cold measurement, so nothing but the disk answers.
+cache is emptied of the files before every cold measurement, and what is compared takes turns in going first.
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,6 +33,7 @@ from mlx_mimo.experts.record import (
     expert_tensor_name,
 )
 from mlx_mimo.experts.residents import Need
+from mlx_mimo.runtime.machine import peak_memory_bytes
 
 HIDDEN, INNER, EXPERTS, TOP_K, GROUP = 4096, 2048, 256, 8, 64
 SPARE_KERNEL_SECONDS = 0.001
@@ -90,33 +90,38 @@ def cold(files: dict[int, ExpertFile]) -> None:
 # ---- what is measured
 
 
-def bare_reads(file: ExpertFile, experts: np.ndarray, threads: int, batch: int) -> float:
-    """Seconds that `threads` threads of nothing but preadv take for the records, `batch` at a time."""
-    buffers = [bytearray(file.layout.nbytes) for _ in range(batch)]
-    fd = os.open(file.path, os.O_RDONLY)
+class Bare:
+    """Nothing but preadv: as many threads as the reader has, into memory that is there already."""
 
-    def work(jobs):
-        for expert, buffer in jobs:
-            view, offset = memoryview(buffer), file.offset(int(expert))
-            while view:
-                count = os.preadv(fd, [view], offset)
-                view, offset = view[count:], offset + count
+    def __init__(self, file: ExpertFile, threads: int, buffers: int):
+        self.file = file
+        self._fd = os.open(file.path, os.O_RDONLY)
+        self._workers = ThreadPoolExecutor(threads)
+        # Filled, for the same reason as a pool's banks are: the first touch of a page costs as much as a read.
+        self._buffers = [memoryview(np.full(file.layout.nbytes, 1, np.uint8)) for _ in range(buffers)]
 
-    began = time.perf_counter()
-    for start in range(0, len(experts), batch):
-        jobs = list(zip(experts[start : start + batch], buffers))
-        workers = [threading.Thread(target=work, args=(jobs[i::threads],)) for i in range(min(threads, len(jobs)))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    seconds = time.perf_counter() - began
-    os.close(fd)
-    return seconds
+    def __call__(self, experts: np.ndarray, batch: int) -> float:
+        """Seconds for the records, `batch` at a time."""
+        began = time.perf_counter()
+        for start in range(0, len(experts), batch):
+            some = experts[start : start + batch]
+            list(self._workers.map(self._read, some.tolist(), self._buffers[start % len(self._buffers) :]))
+        return time.perf_counter() - began
+
+    def _read(self, expert: int, view: memoryview) -> None:
+        offset = self.file.offset(expert)
+        while view:
+            count = os.preadv(self._fd, [view], offset)
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        self._workers.shutdown()
+        os.close(self._fd)
 
 
 def pool_reads(pool: Pool, layer: int, experts: np.ndarray, batch: int) -> float:
     """The same records as misses of a pool, `batch` in each call."""
+    pool.residents.forget()
     began = time.perf_counter()
     for start in range(0, len(experts), batch):
         chosen = experts[start : start + batch].astype(np.int32)
@@ -126,27 +131,32 @@ def pool_reads(pool: Pool, layer: int, experts: np.ndarray, batch: int) -> float
 
 
 def reading(files: dict[int, ExpertFile], args: argparse.Namespace) -> None:
-    """Misses through a pool against bare preadv: the same records, interleaved, always cold."""
+    """Misses through a pool against bare preadv: the same records in the same order, taking turns in going first."""
     layer, file = next(iter(files.items()))
     reader = ExpertReader(files, args.threads)
+    pool, bare = Pool(files, 32, reader), Bare(file, args.threads, 32)
     rng = np.random.default_rng(1)
-    record = file.layout.nbytes
-    for batch in (TOP_K, 32):
-        ratios, speeds = [], []
-        for _ in range(args.rounds):
-            experts = rng.permutation(EXPERTS)[:96]
-            pool = Pool(files, 48, reader)
-            cold(files)
-            bare = bare_reads(file, experts, args.threads, batch)
-            cold(files)
-            pooled = pool_reads(pool, layer, experts, batch)
-            ratios.append(bare / pooled)
-            speeds.append(len(experts) * record / pooled / GB)
+    for batch, warm in ((TOP_K, False), (32, False), (TOP_K, True), (32, True)):
+        seconds: dict[str, list[float]] = {"pool": [], "bare": []}
+        for turn in range(args.rounds * 8):
+            experts = rng.permutation(EXPERTS)[:32]
+            if warm:
+                bare(experts, batch)
+            for name in ("pool", "bare") if turn % 2 else ("bare", "pool"):
+                if not warm:
+                    cold(files)
+                call = bare(experts, batch) if name == "bare" else pool_reads(pool, layer, experts, batch)
+                seconds[name].append(call)
+        ratios = sorted(b / p for b, p in zip(seconds["bare"], seconds["pool"], strict=True))
+        speeds = [32 * file.layout.nbytes / statistics.median(seconds[name]) / GB for name in ("pool", "bare")]
+        tenth = len(ratios) // 10
         print(
-            f"reading, {batch} misses a call, {args.threads} threads, cold: {statistics.median(speeds):.2f} GB/s, "
-            f"{statistics.median(ratios):.0%} of bare preadv (rounds {', '.join(f'{r:.0%}' for r in ratios)}; "
-            f"at least 90% expected)"
+            f"reading, {batch} misses a call, {args.threads} threads, {'page cache' if warm else 'cold'}: "
+            f"{speeds[0]:.2f} GB/s, bare preadv {speeds[1]:.2f}; {statistics.median(ratios):.0%} of it "
+            f"({len(ratios)} pairs, the middle eight tenths {ratios[tenth]:.0%} to {ratios[-1 - tenth]:.0%}"
+            f"{'' if warm else '; at least 90% expected'})"
         )
+    bare.close()
     reader.close()
 
 
@@ -163,35 +173,49 @@ def timed(rounds: int, call, *arguments) -> float:
 def decode(files: dict[int, ExpertFile], args: argparse.Namespace) -> None:
     """One token's layer with some of its 8 experts missing, against its parts measured alone."""
     layer, file = next(iter(files.items()))
-    reader = ExpertReader(files, args.threads)
+    reader, bare = ExpertReader(files, args.threads), Bare(file, args.threads, TOP_K)
     compute = choose_compute(file.layout, HIDDEN)
     x = mx.random.normal((1, 1, HIDDEN))
     mx.eval(x)
-    for split in (False, True):
-        pool = Pool(files, 64, reader, widen=compute.widen)
-        module = StreamedSwitchGLU(layer, pool, compute, split)
+    pool = Pool(files, 64, reader, widen=compute.widen)
+    ways = {
+        name: StreamedSwitchGLU(layer, pool, compute, split)
+        for name, split in (("together", False), ("hits first", True), ("default", None))
+    }
+    for warm in (False, True):
         for misses in (0, 1, 2, 4, 8):
             rng = np.random.default_rng(2)
-            totals, limits = [], []
-            for _ in range(args.rounds * 3):
+            seconds: dict[str, list[float]] = {name: [] for name in (*ways, "read", "hits", "misses")}
+            for turn in range(args.rounds * 5):
                 chosen = rng.permutation(EXPERTS)[:TOP_K].astype(np.uint32)
                 hits, missing = chosen[misses:], chosen[:misses]
-                pool.residents.forget()
-                if hits.size:
-                    mx.eval(module(x, mx.array(hits[None, None])))
-                slots = np.arange(TOP_K, dtype=np.int32)[None]
-                of_hits = timed(3, compute, x[0], slots[:, : hits.size], pool.arrays) if hits.size else 0.0
-                of_misses = timed(3, compute, x[0], slots[:, :misses], pool.arrays) if misses else 0.0
-                cold(files)
-                read = bare_reads(file, missing, args.threads, TOP_K) if misses else 0.0
-                cold(files)
-                totals.append(timed(1, module, x, mx.array(chosen[None, None])))
-                limits.append(1.15 * (max(of_hits, read) + of_misses) + SPARE_KERNEL_SECONDS)
-            total, limit = statistics.median(totals), statistics.median(limits)
+                if warm:
+                    bare(missing, TOP_K)
+                order = [*ways, "read"]
+                for name in order[turn % 4 :] + order[: turn % 4]:
+                    pool.residents.forget()
+                    if hits.size:
+                        mx.eval(ways["together"](x, mx.array(hits[None, None])))
+                    if not warm:
+                        cold(files)
+                    if name == "read":
+                        seconds[name].append(bare(missing, TOP_K))
+                    else:
+                        seconds[name].append(timed(1, ways[name], x, mx.array(chosen[None, None])))
+                mx.eval(ways["together"](x, mx.array(chosen[None, None])))
+                for name, some in (("hits", hits), ("misses", missing)):
+                    slots = pool.slots_of(layer, some[None].astype(np.int32))
+                    seconds[name].append(timed(1, compute, x[0], slots, pool.arrays) if some.size else 0.0)
+            middle = {name: statistics.median(values) for name, values in seconds.items()}
+            limit = 1.15 * (max(middle["hits"], middle["read"]) + middle["misses"]) + SPARE_KERNEL_SECONDS
             print(
-                f"decode, {misses} of {TOP_K} missing, cold, {'hits first' if split else 'together'}: "
-                f"{1e3 * total:.1f} ms a layer; at most {1e3 * limit:.1f} ms expected"
+                f"decode, {misses} of {TOP_K} missing, {'page cache' if warm else 'cold'}: "
+                f"{', '.join(f'{name} {1e3 * middle[name]:.1f}' for name in ways)} ms a layer; "
+                f"alone: bare read {1e3 * middle['read']:.1f}, computing hits {1e3 * middle['hits']:.1f}, "
+                f"misses {1e3 * middle['misses']:.1f}; at most {1e3 * limit:.1f} ms expected",
+                flush=True,
             )
+    bare.close()
     reader.close()
 
 
@@ -287,14 +311,13 @@ def peak(files: dict[int, ExpertFile], args: argparse.Namespace) -> None:
         }
         if not compute.widen:
             mx.eval(compute(x[0, :1], np.zeros((1, 1), np.int32), bank))  # the kernels' own memory is no slot's
-    scale = 1 if sys.platform == "darwin" else 1024
     # Outputs of all pairs twice (by expert, then in order), and what the largest wave needs beside.
     pairs = args.tokens * TOP_K
     transients = 4 * (3 * pairs * HIDDEN + pairs * (HIDDEN + 2 * INNER)) + 3 * 4 * HIDDEN * INNER
     print(
         json.dumps(
             {
-                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
+                "peak": peak_memory_bytes(),
                 "slots": slots_bytes,
                 "transients": transients,
             }
