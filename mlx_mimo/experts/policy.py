@@ -8,7 +8,6 @@ Experts are numbered by keys, 0 to num_keys - 1: (position of the layer in its p
 Time is counted in tokens; a call of one layer over T tokens moves it on by T / layers.
 """
 
-from collections.abc import Sequence
 from math import log
 
 import numpy as np
@@ -49,7 +48,8 @@ class LFUPolicy:
         if scaled:
             self.score *= 2.0**-self._exponent
             self._exponent = 0.0
-        self.score[keys] += (0.5 + 0.5 * counts / tokens) * 2.0**self._exponent
+        uses = 1.0 if tokens == 1 else 0.5 + 0.5 * counts / tokens
+        self.score[keys] += uses * 2.0**self._exponent
         return scaled
 
     def seed(self, rates: np.ndarray) -> None:
@@ -88,19 +88,3 @@ def make_policy(
     if name == "lru":
         return LRUPolicy(num_keys, layers)
     raise ValueError(f"expert policy {name!r}; one of {', '.join(POLICIES)} expected")
-
-
-def lowest(rank: np.ndarray, count: int) -> Sequence[int]:
-    """The `count` slots of lowest rank, lowest first, equal ranks in slot order. `rank` is restored."""
-    if count == 1:
-        return (int(rank.argmin()),)
-    if count > 8:
-        return np.argsort(rank, kind="stable")[:count]
-    slots, kept = [], []
-    for _ in range(count):
-        slot = int(rank.argmin())
-        slots.append(slot)
-        kept.append(rank[slot])
-        rank[slot] = np.inf
-    rank[slots] = kept
-    return slots

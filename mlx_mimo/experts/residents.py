@@ -7,10 +7,11 @@ both count the same hits. NumPy only.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from .policy import Policy, lowest
+from .policy import Policy
 
 SORTED_PAIRS = 64  # from so many token-expert pairs on a call goes expert by expert; mlx-lm sorts from here on too
 WAVE_EXPERTS = 32  # experts of one wave at most: bounds what a wave computes at once
@@ -37,16 +38,14 @@ class Need:
         return cls(layer, *np.unique(chosen, return_counts=True), tokens, together)
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """Start reading `experts` into `slots`; their former residents are gone."""
 
     experts: np.ndarray
     slots: np.ndarray
 
 
-@dataclass(frozen=True)
-class Compute:
+class Compute(NamedTuple):
     """Compute with `experts`, finished before the next step is asked for unless this is the `last` one.
 
     `reads` says how many of the oldest unfinished reads must have ended first.
@@ -58,7 +57,10 @@ class Compute:
 
 
 class Residents:
-    """The table of one pool: `slots` slots for the experts of `layers`, `num_experts` in each."""
+    """The table of one pool: `slots` slots for the experts of `layers`, `num_experts` in each.
+
+    A call has a handful of experts, for which a loop over numbers is faster than NumPy; the loops are written for it.
+    """
 
     def __init__(self, layers: Sequence[int], num_experts: int, slots: int, policy: Policy):
         if slots < 1:
@@ -72,7 +74,6 @@ class Residents:
         self.uses = np.zeros(self.slot_of.size, dtype=np.int64)  # by key: tokens that used it
         self.tokens = 0.0
         self.hits = self.misses = self.evictions = 0
-        self._held: list[np.ndarray] = []
 
     @property
     def slots(self) -> int:
@@ -91,93 +92,99 @@ class Residents:
         before it computes. An expert is read at most once. Slots in use are released when the iterator ends or is
         closed.
         """
-        experts, base = need.experts, self.base[need.layer]
-        keys = experts + base
+        base, held = self.base[need.layer], []
+        keys = need.experts + base
         self._touch(keys, need.counts, need.tokens)
-        slots = self.slot_of[keys]
-        missing = slots < 0
-        misses = int(np.count_nonzero(missing))
-        self.misses += misses
-        self.hits += slots.size - misses
-        try:
-            if need.together and slots.size <= self.slots:
-                present = ~missing
-                if misses or hold:
-                    self._hold(slots[present])
-                if not misses:
-                    yield Compute(experts, 0, last=True)
-                    return
-                yield Read(experts[missing], self._admit(keys[missing]))
-                if split and misses < slots.size:
-                    yield Compute(experts[present], 0)
-                    yield Compute(experts[missing], 1, last=True)
-                else:
-                    yield Compute(experts, 1, last=True)
+        slot_of = self.slot_of.item
+        present, missing, hits = [], [], []
+        for key in keys.tolist():
+            slot = slot_of(key)
+            if slot < 0:
+                missing.append(key)
             else:
-                yield from self._waves(keys, missing, base)
+                present.append(key)
+                hits.append(slot)
+        self.misses += len(missing)
+        self.hits += len(present)
+        try:
+            if not need.together or keys.size > self.slots:
+                yield from self._waves(present, missing, base, held)
+                return
+            if not missing:
+                self._hold(hits, held) if hold else self._release(hits)
+                yield Compute(need.experts, 0, last=True)
+                return
+            self._hold(hits, held)
+            experts = _experts(missing, base)
+            yield Read(experts, self._admit(missing, held))
+            if split and present:
+                yield Compute(_experts(present, base), 0)
+                yield Compute(experts, 1, last=True)
+            else:
+                yield Compute(need.experts, 1, last=True)
         finally:
-            self._release(self._held)
+            self._release(held)
 
-    def _waves(self, keys: np.ndarray, missing: np.ndarray, base: int) -> Iterator[Read | Compute]:
+    def _waves(self, present: list[int], missing: list[int], base: int, held: list[int]) -> Iterator[Read | Compute]:
         size = max(1, min(WAVE_EXPERTS, self.slots // 4))
-        ready, wanted = self._groups(keys[~missing], WAVE_EXPERTS), self._groups(keys[missing], size)
-        for group in ready:
-            self._hold(self.slot_of[group])
-        reading: deque[np.ndarray] = deque()
+        ready, wanted = self._groups(present, WAVE_EXPERTS), self._groups(missing, size)
+        self._hold([self.slot_of.item(key) for key in present], held)
+        writable = int(np.count_nonzero(self.rank != HELD))
+        reading: deque[list[int]] = deque()
         while ready or wanted or reading:
-            while wanted and len(reading) < 2 and self.writable >= len(wanted[0]):
+            while wanted and len(reading) < 2 and writable >= len(wanted[0]):
                 group = wanted.popleft()
                 reading.append(group)
-                yield Read(group - base, self._admit(group))
+                writable -= len(group)
+                yield Read(_experts(group, base), self._admit(group, held))
             group, reads = (ready.popleft(), 0) if ready else (reading.popleft(), 1)
-            yield Compute(group - base, reads, last=not (ready or wanted or reading))
-            self._release([self.slot_of[group]])
+            yield Compute(_experts(group, base), reads, not (ready or wanted or reading))
+            self._release([self.slot_of.item(key) for key in group])
+            writable += len(group)
 
-    def _groups(self, keys: np.ndarray, size: int) -> deque[np.ndarray]:
-        keys = keys[np.argsort(self.policy.score[keys], kind="stable")]
-        return deque(keys[start : start + size] for start in range(0, keys.size, size))
-
-    @property
-    def writable(self) -> int:
-        return int(np.count_nonzero(self.rank != HELD))
+    def _groups(self, keys: list[int], size: int) -> deque[list[int]]:
+        keys = sorted(keys, key=self.policy.score.item)
+        return deque(keys[start : start + size] for start in range(0, len(keys), size))
 
     def _touch(self, keys: np.ndarray, counts: np.ndarray, tokens: int) -> None:
+        """Counts a call. The ranks of its residents are brought up to date when they are released."""
         self.uses[keys] += counts
         self.tokens += tokens / len(self.base)
-        scaled = self.policy.touch(keys, counts, tokens)
-        if scaled:
+        if self.policy.touch(keys, counts, tokens):
             self._rank_all()
-        else:
-            slots = self.slot_of[keys]
-            self.rank[slots[slots >= 0]] = self.policy.score[keys[slots >= 0]]
 
     def _rank_all(self) -> None:
         held = self.rank == HELD
         self.rank[:] = np.where(self.key_of >= 0, self.policy.score[self.key_of], FREE)
         self.rank[held] = HELD
 
-    def _admit(self, keys: np.ndarray) -> np.ndarray:
-        """Slots for `keys`, held; who lay there is evicted. At least as many slots must be writable."""
-        slots = np.array(lowest(self.rank, keys.size), dtype=np.int32)
-        former = self.key_of[slots]
-        former = former[former >= 0]
-        self.slot_of[former] = -1
-        self.evictions += former.size
-        self.slot_of[keys] = slots
-        self.key_of[slots] = keys
-        self._hold(slots)
-        return slots
+    def _admit(self, keys: list[int], held: list[int]) -> np.ndarray:
+        """Slots for `keys`, added to `held`; who lay there is evicted. At least as many slots must be writable."""
+        rank, key_of, slot_of = self.rank, self.key_of, self.slot_of
+        slots = []
+        for key in keys:
+            slot = int(rank.argmin())
+            former = key_of.item(slot)
+            if former >= 0:
+                slot_of[former] = -1
+                self.evictions += 1
+            slot_of[key] = slot
+            key_of[slot] = key
+            rank[slot] = HELD
+            slots.append(slot)
+        held += slots
+        return np.array(slots, dtype=np.int32)
 
-    def _hold(self, slots: np.ndarray) -> None:
-        self.rank[slots] = HELD
-        self._held.append(slots)
+    def _hold(self, slots: list[int], held: list[int]) -> None:
+        for slot in slots:
+            self.rank[slot] = HELD
+        held += slots
 
-    def _release(self, held: list[np.ndarray]) -> None:
-        for slots in held:
-            keys = self.key_of[slots]
-            self.rank[slots] = np.where(keys >= 0, self.policy.score[keys], FREE)
-        if held is self._held:
-            self._held.clear()
+    def _release(self, slots: list[int]) -> None:
+        rank, key_of, score = self.rank, self.key_of.item, self.policy.score.item
+        for slot in slots:
+            key = key_of(slot)
+            rank[slot] = score(key) if key >= 0 else FREE
 
     def drop(self, slots: np.ndarray, read: bool = True) -> None:
         """Empties `slots`, whose reads failed: they were no misses served."""
@@ -189,22 +196,20 @@ class Residents:
 
     def fill(self, keys: np.ndarray) -> np.ndarray:
         """Slots for absent `keys` outside of any call; held until `settled`. For preloading a profile."""
-        slots = self._admit(keys)
-        self._held.pop()
-        return slots
+        return self._admit(keys.tolist(), [])
 
     def guess(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(keys, slots) for those absent `keys` that are worth more than who would leave; held until `settled`."""
         taken: list[tuple[int, int]] = []
         for key in keys[np.argsort(-self.policy.score[keys], kind="stable")]:
             if self.slot_of[key] < 0 and self.rank.min() < self.policy.score[key]:
-                taken.append((int(key), int(self.fill(np.array([key]))[0])))
+                taken.append((int(key), int(self._admit([int(key)], [])[0])))
         rows = np.array(taken, dtype=np.int32).reshape(-1, 2)
         return rows[:, 0], rows[:, 1]
 
     def settled(self, slots: np.ndarray) -> None:
         """Ends the hold of `fill` or `guess`."""
-        self._release([slots])
+        self._release(slots.tolist())
 
     def seed(self, uses: np.ndarray, tokens: float) -> None:
         """Starts the policy from a past of `tokens` tokens in which expert `key` was used `uses[key]` times."""
@@ -227,7 +232,7 @@ class Residents:
             raise ValueError(f"{slots} slots, at least one expected")
         moves: list[tuple[int, int]] = []
         if slots < old:
-            leaving = np.array(lowest(self.rank, old - slots))
+            leaving = np.argsort(self.rank, kind="stable")[: old - slots]
             leaving = leaving[self.key_of[leaving] >= 0]
             self.slot_of[self.key_of[leaving]] = -1
             self.key_of[leaving] = -1
@@ -243,3 +248,7 @@ class Residents:
         self.rank = np.full(slots, FREE)
         self._rank_all()
         return moves
+
+
+def _experts(keys: list[int], base: int) -> np.ndarray:
+    return np.array([key - base for key in keys], dtype=np.int32)
