@@ -1,7 +1,8 @@
 """Kernel speed against the machine's read bandwidth: `python examples/cpu_bench.py [--bits 4] [--threads 2]`.
 
-A product with a matrix far larger than the caches and a plain sum over as many bytes alternate, so that what else the
-machine does falls on both; medians and their ratio are printed. No other program should run meanwhile.
+An expert layer's products with weights far larger than the caches, a plain sum over as many bytes in one piece, and a
+plain sum over the weights of other experts, which lie in 24 places, alternate, so that what else the machine does falls
+on all; medians and ratios are printed. No other program should run meanwhile.
 """
 
 import argparse
@@ -43,20 +44,19 @@ def random_bank(slots: int, rows: int, columns: int, bits: int, group: int, mode
     return Packed(weight, scales, biases, bits=bits, group_size=group)
 
 
-def alternate(work, nbytes: int, big: np.ndarray, repeats: int) -> tuple[float, float]:
-    """Medians of (GB/s of `work`, which reads `nbytes`; GB/s of reading)."""
+def alternate(work, scattered, nbytes: int, big: np.ndarray, repeats: int) -> list[float]:
+    """Medians in GB/s: of `work`, which reads `nbytes`, of `scattered`, as many, and of reading `big`."""
     threads = kernels.threads()
-    ours, plain = [], []
-    work()
-    read(big, threads)
+    ways = [(work, nbytes), (scattered, nbytes), (lambda: read(big, threads), big.nbytes)]
+    seconds = [[] for _ in ways]
+    for way, _ in ways:
+        way()
     for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        middle = time.perf_counter()
-        read(big, threads)
-        ours.append(middle - start)
-        plain.append(time.perf_counter() - middle)
-    return nbytes / np.median(ours) / 1e9, big.nbytes / np.median(plain) / 1e9
+        for (way, _), taken in zip(ways, seconds):
+            start = time.perf_counter()
+            way()
+            taken.append(time.perf_counter() - start)
+    return [size / np.median(taken) / 1e9 for (_, size), taken in zip(ways, seconds)]
 
 
 def main() -> None:
@@ -80,13 +80,25 @@ def main() -> None:
         order = np.random.default_rng(2).permutation(options.slots).astype(np.int32)
         turn = iter(range(10**9))
 
+        matrices = (bank.gate, bank.up, bank.down)
+        words = [matrix.views[0].host.reshape(options.slots, -1).view(np.int64) for matrix in matrices]
+
         def one_token(bank=bank, order=order, turn=turn) -> None:
             experts(x, np.roll(order, -TOP_K * next(turn))[None, :TOP_K], bank)
 
-        nbytes = TOP_K * sum(matrix.slot_bytes for matrix in (bank.gate, bank.up, bank.down))
-        ours, plain = alternate(one_token, nbytes, big, options.repeats)
+        def scattered(words=words, order=order, turn=turn) -> None:
+            for slot in np.roll(order, -TOP_K * next(turn))[:TOP_K]:
+                for matrix in words:
+                    read(matrix[slot], kernels.threads())
+
+        nbytes = TOP_K * sum(matrix.slot_bytes for matrix in matrices)
+        ours, apart, plain = alternate(one_token, scattered, nbytes, big, options.repeats)
+        apart *= TOP_K * sum(part[0].nbytes for part in words) / nbytes  # codes only, without scales
         name = mode if mode == "mxfp4" else f"{bits} bits, groups of {group}"
-        print(f"{name:22} expert layer, one token {ours:6.1f}   reading {plain:6.1f}   ratio {ours / plain:.2f}")
+        print(
+            f"{name:22} expert layer, one token {ours:5.1f}   reading {plain:5.1f} ({ours / plain:.0%})   "
+            f"reading experts {apart:5.1f} ({ours / apart:.0%})"
+        )
 
         many = np.random.default_rng(3).normal(size=(512, HIDDEN)).astype(np.float32)
         matmul(many, bank.gate)

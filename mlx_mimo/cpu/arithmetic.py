@@ -4,11 +4,11 @@ from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
+from . import digits
 from . import formats as f
 
 I64 = types.int64
 KERNEL = types.void(I64, I64, I64)
-AHEAD = 2048  # bytes: how far ahead weights are asked for; the hardware alone keeps too few lines in flight
 
 
 # ---- what numba's own Python cannot say: memory by address, vectors
@@ -49,30 +49,49 @@ def call(typingctx, function, parameters, first, last):
 
 @intrinsic(prefer_literal=True)
 def dots(
-    typingctx, format, scale, units, rows, tokens, weight, w_row, scales, biases, s_row, x, x_row, sums, sums_row, n
+    typingctx,
+    whole,
+    format,
+    scale,
+    units,
+    rows,
+    tokens,
+    weight,
+    w_row,
+    scales,
+    biases,
+    s_row,
+    x,
+    x_row,
+    sums,
+    sums_row,
+    n,
 ):
     """`rows` weight rows times `tokens` rows of activations: a tuple of rows * tokens float32, row by row.
 
     `weight, scales, biases` are addresses of the first row, the next lying `w_row` and `s_row` bytes on; `x` the
-    activations times lane_scales with rows `x_row` bytes apart, `sums` their sums over each group. A row has `n` groups
-    of `units` times 32 weights; unquantised, where `scale` is "", it has `n` weights.
+    activations times lane_scales with rows `x_row` bytes apart, `sums` their sums over each group; with `whole`, both
+    are as `digits.dots` wants them. A row has `n` groups of `units` times 32 weights; unquantised, where `scale` is "",
+    it has `n` weights.
     """
     format_, scale_, units_ = format.literal_value, scale.literal_value, units.literal_value
     rows_, tokens_ = rows.literal_value, tokens.literal_value
 
     def codegen(context, builder, signature, args):
-        weight, w_row, scales, biases, s_row, x, x_row, sums, sums_row, n = args[5:]
+        weight, w_row, scales, biases, s_row, x, x_row, sums, sums_row, n = args[6:]
         weights = _rows(builder, weight, w_row, rows_)
         factors = list(zip(_rows(builder, scales, s_row, rows_), _rows(builder, biases, s_row, rows_)))
         xs, totals = _rows(builder, x, x_row, tokens_), _rows(builder, sums, sums_row, tokens_)
-        if scale_:
+        if whole.literal_value:
+            values = digits.dots(builder, format_, scale_, units_, weights, factors, xs, totals, n)
+        elif scale_:
             values = _quantised_dots(builder, format_, scale_, units_, weights, factors, xs, totals, n)
         else:
             values = _plain_dots(builder, format_, weights, xs, n)
         return cgutils.pack_array(builder, values)
 
     result = types.UniTuple(types.float32, rows_ * tokens_)
-    return result(format, scale, units, rows, tokens, *[I64] * 10), codegen
+    return result(whole, format, scale, units, rows, tokens, *[I64] * 10), codegen
 
 
 def _rows(builder, address, stride, count):
@@ -92,7 +111,7 @@ def _quantised_dots(builder, format, scale, units, weights, factors, xs, sums, g
         parts = dict.fromkeys(pairs)
         for weight in weights:
             for line in range(0, units * 4 * bits, 64):
-                f.prefetch(builder, builder.add(builder.add(weight, codes_at), f.I64(AHEAD + line)))
+                f.prefetch(builder, builder.add(builder.add(weight, codes_at), f.I64(f.AHEAD + line)))
         for k in range(4 * units):
             lanes = [f.load(builder, builder.add(x, x_at), f.VF32, 32 * k) for x in xs]
             for row, weight in enumerate(weights):
@@ -193,3 +212,14 @@ def unpack(typingctx, format, scale, units, weight, scales, biases, lanes, out, 
         return context.get_dummy_value()
 
     return types.void(format, scale, units, *[I64] * 6), codegen
+
+
+@intrinsic(prefer_literal=True)
+def split(typingctx, planes, units, x, digits_at, sums, n):
+    """Writes one row of activations, float32, as `digits.dots` wants it; `x`, `digits_at` and `sums` are addresses."""
+
+    def codegen(context, builder, signature, args):
+        digits.split(builder, planes.literal_value, units.literal_value, *args[2:])
+        return context.get_dummy_value()
+
+    return types.void(planes, units, *[I64] * 4), codegen

@@ -14,6 +14,7 @@ from llvmlite import binding, ir
 
 LANES = 8  # one AVX2 register, two of NEON
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AHEAD = 2048  # bytes: how far ahead weights are asked for; the hardware alone keeps too few lines in flight
 SCALE_KINDS = {"bf16": 2, "f16": 2, "f32": 4, "e8m0": 1}  # bytes of one scale
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -64,7 +65,8 @@ FORMAT_BITS = {**AFFINE, "mxfp4": 4, "bf16": 16, "f16": 16, "f32": 32}
 
 
 def vector_of(type_: ir.Type, values) -> ir.Constant:
-    return ir.Constant(ir.VectorType(type_, LANES), [ir.Constant(type_, v) for v in values])
+    numbers = [ir.Constant(type_, v) for v in values]
+    return ir.Constant(ir.VectorType(type_, len(numbers)), numbers)
 
 
 def load(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type, offset: int = 0) -> ir.Value:
@@ -89,10 +91,10 @@ def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # for reading, into every cache, data
 
 
-def splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    vector = ir.VectorType(scalar.type, LANES)
+def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
+    vector = ir.VectorType(scalar.type, lanes)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), vector_of(I32, [0] * LANES))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), vector_of(I32, [0] * lanes))
 
 
 def load_scalar(builder: ir.IRBuilder, address: ir.Value, kind: str) -> ir.Value:

@@ -1,4 +1,4 @@
-"""The kernels: packed weights times a few tokens, gate and up together, dequantised rows.
+"""The kernels: packed weights times a few tokens, dequantised rows, activations as whole numbers.
 
 A kernel is a C function `(table, first, last)`: a table of addresses and counts, and which of its items to do. `run`
 spreads a kernel's items over the threads through `_launch`, the one parallel function, so a kernel itself compiles in
@@ -18,7 +18,7 @@ import numba
 import numpy as np
 from numba import cfunc, njit, prange
 
-from .arithmetic import KERNEL, call, dots, put, unpack, word
+from .arithmetic import KERNEL, call, dots, put, split, unpack, word
 
 BYTES_PER_THREAD = 2**16  # of weights: less is not worth waking another thread for
 _lock = threading.Lock()  # not every threading layer of numba takes calls from two threads at once
@@ -65,7 +65,7 @@ _choose_cache()
 
 def _edition() -> int:
     """Changes with the code that kernels are made of; numba itself looks at this file only."""
-    sources = [Path(__file__).with_name(name).read_bytes() for name in ("arithmetic.py", "formats.py")]
+    sources = [Path(__file__).with_name(name).read_bytes() for name in ("arithmetic.py", "digits.py", "formats.py")]
     return int.from_bytes(hashlib.sha256(b"".join(sources)).digest()[:4], "little")
 
 
@@ -113,76 +113,50 @@ def run(kernel: int, table: list[int], items: int, nbytes: int) -> None:
 # Each factory below makes one kernel for a format: what is known when it is made is a constant in its code.
 
 
-@functools.cache
-def multiply(format: str, scale: str, units: int, tokens: int) -> int:
-    """out[o + t, r] = weights[slot][r] · x[i + t], for items (run of tokens, two rows r); the address of the kernel.
+def rows_together(tokens: int, whole: int) -> int:
+    """How many rows of weights share what is read of x. One, where that keeps up: memory likes one stream best."""
+    return 1 if whole and tokens == 1 else 2
 
-    Table: weight, scales, biases; bytes a slot of weight, of scales; bytes a row of weight, of scales; rows; n (see
-    `dots`); x, sums, bytes a row of each; out, bytes a row of it; slot, i and o of every run (three int64 arrays).
+
+@functools.cache
+def multiply(format: str, scale: str, units: int, tokens: int, whole: int) -> int:
+    """out[t, r] = weights[r] · x[t] of every run, for items (run of tokens, `rows_together` rows).
+
+    Returns the kernel's address. Table: runs; bytes a row of weight, of scales; rows; n (see `dots`); x, sums, bytes a
+    row of each; bytes a row of out; how many runs. Runs is int64 (5, runs): addresses of weight, scales and biases, the
+    first row of x, the address of the first row of out.
     """
 
-    edition = EDITION
+    edition, together = EDITION, rows_together(tokens, whole)
 
     def kernel(table, first, last):
         _ = edition
-        w0, s0, b0 = word(table, 0), word(table, 1), word(table, 2)
-        w_slot, s_slot, w_row, s_row = word(table, 3), word(table, 4), word(table, 5), word(table, 6)
-        rows, n = word(table, 7), word(table, 8)
-        x0, sums0, x_row, sums_row = word(table, 9), word(table, 10), word(table, 11), word(table, 12)
-        out, out_row = word(table, 13), word(table, 14)
-        slots, x_rows, out_rows = word(table, 15), word(table, 16), word(table, 17)
-        blocks = (rows + 1) // 2
+        runs, w_row, s_row, rows, n = word(table, 0), word(table, 1), word(table, 2), word(table, 3), word(table, 4)
+        x0, sums0, x_row, sums_row = word(table, 5), word(table, 6), word(table, 7), word(table, 8)
+        out_row, count = word(table, 9), word(table, 10)
+        blocks = (rows + together - 1) // together
         for item in range(first, last):
-            run, row = item // blocks, item % blocks * 2
-            slot, x_at = word(slots, run), word(x_rows, run)
-            w = w0 + slot * w_slot + row * w_row
-            s = s0 + slot * s_slot + row * s_row
-            b = b0 + slot * s_slot + row * s_row
+            run, row = item // blocks, item % blocks * together
+            w = word(runs, run) + row * w_row
+            s, b = word(runs, run + count) + row * s_row, word(runs, run + 2 * count) + row * s_row
+            x_at = word(runs, run + 3 * count)
             x, sums = x0 + x_at * x_row, sums0 + x_at * sums_row
-            at = out + word(out_rows, run) * out_row + row * 4
-            if row + 1 < rows:
-                two = dots(format, scale, units, 2, tokens, w, w_row, s, b, s_row, x, x_row, sums, sums_row, n)
-                for t in range(tokens):
-                    put(at + t * out_row, two[t])
-                    put(at + t * out_row + 4, two[tokens + t])
+            at = word(runs, run + 4 * count) + row * 4
+            if row + together <= rows:
+                found = dots(
+                    whole, format, scale, units, together, tokens, w, w_row, s, b, s_row, x, x_row, sums, sums_row, n
+                )
+                for r in range(together):
+                    for t in range(tokens):
+                        put(at + t * out_row + 4 * r, found[r * tokens + t])
             else:
-                one = dots(format, scale, units, 1, tokens, w, w_row, s, b, s_row, x, x_row, sums, sums_row, n)
-                for t in range(tokens):
-                    put(at + t * out_row, one[t])
-
-    return _kernel(kernel)
-
-
-@functools.cache
-def gate_up(format: str, scale: str, units: int) -> int:
-    """out[o, r] = gate[slot][r] · x[i] and up_out[o, r] = up[slot][r] · x[i], for items (run of one token, row r).
-
-    Table as for `multiply`, then up's weight, scales and biases and up_out; both are of one shape and format.
-    """
-
-    edition = EDITION
-
-    def kernel(table, first, last):
-        _ = edition
-        w0, s0, b0 = word(table, 0), word(table, 1), word(table, 2)
-        w_slot, s_slot, w_row, s_row = word(table, 3), word(table, 4), word(table, 5), word(table, 6)
-        rows, n = word(table, 7), word(table, 8)
-        x0, sums0, x_row, sums_row = word(table, 9), word(table, 10), word(table, 11), word(table, 12)
-        out, out_row = word(table, 13), word(table, 14)
-        slots, x_rows, out_rows = word(table, 15), word(table, 16), word(table, 17)
-        up_w, up_s, up_b, up_out = word(table, 18), word(table, 19), word(table, 20), word(table, 21)
-        for item in range(first, last):
-            run, row = item // rows, item % rows
-            slot, x_at = word(slots, run), word(x_rows, run)
-            w_at, s_at = slot * w_slot + row * w_row, slot * s_slot + row * s_row
-            x, sums = x0 + x_at * x_row, sums0 + x_at * sums_row
-            w, s, b = w0 + w_at, s0 + s_at, b0 + s_at
-            gate = dots(format, scale, units, 1, 1, w, w_row, s, b, s_row, x, x_row, sums, sums_row, n)[0]
-            w, s, b = up_w + w_at, up_s + s_at, up_b + s_at
-            up = dots(format, scale, units, 1, 1, w, w_row, s, b, s_row, x, x_row, sums, sums_row, n)[0]
-            at = word(out_rows, run) * out_row + row * 4
-            put(out + at, gate)
-            put(up_out + at, up)
+                for r in range(rows - row):
+                    one = dots(
+                        whole, format, scale, units, 1, tokens, w, w_row, s, b, s_row, x, x_row, sums, sums_row, n
+                    )
+                    for t in range(tokens):
+                        put(at + t * out_row + 4 * r, one[t])
+                    w, s, b = w + w_row, s + s_row, b + s_row
 
     return _kernel(kernel)
 
@@ -200,5 +174,21 @@ def dequantise(format: str, scale: str, units: int) -> int:
         lanes, out, n, out_row = word(table, 5), word(table, 6), word(table, 7), word(table, 8)
         for r in range(first, last):
             unpack(format, scale, units, w0 + r * w_row, s0 + r * s_row, b0 + r * s_row, lanes, out + r * out_row, n)
+
+    return _kernel(kernel)
+
+
+@functools.cache
+def split_rows(planes: int, units: int) -> int:
+    """Activations as whole numbers. Table: x, bytes a row; digits, bytes a row; sums and steps, bytes a row; n."""
+
+    edition = EDITION
+
+    def kernel(table, first, last):
+        _ = edition
+        x, x_row, out, out_row = word(table, 0), word(table, 1), word(table, 2), word(table, 3)
+        sums, sums_row, n = word(table, 4), word(table, 5), word(table, 6)
+        for r in range(first, last):
+            split(planes, units, x + r * x_row, out + r * out_row, sums + r * sums_row, n)
 
     return _kernel(kernel)

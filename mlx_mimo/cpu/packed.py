@@ -12,8 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import MimoError
-from . import blas, kernels
+from . import blas, digits, kernels
 from .formats import AFFINE_BITS, FORMAT_BITS, lane_scales
+from .pages import make_large
 
 FEW = 8  # up to so many rows the kernels read packed weights; above, blocks are made float32 for BLAS
 BLOCK_BYTES = 2**21  # of float32 weights at a time, so that they stay in cache
@@ -52,7 +53,8 @@ def _view(array: mx.array) -> _View:
 class Packed:
     """A matrix (rows, columns), or `slots` of them: weight (slots, rows, packed columns), scales and biases alike.
 
-    `borrowed` says that the caller keeps the arrays for as long as this is used, so that it need not.
+    `borrowed` says that the caller keeps the arrays for as long as this is used, so that it need not, and sees to their
+    pages.
 
     Raises MimoError for a format without kernels (`format_of` tells beforehand).
     """
@@ -79,38 +81,29 @@ class Packed:
         if biases is not None and biases.dtype != scales.dtype:
             raise MimoError(f"scales are {scales.dtype}, biases {biases.dtype}; one type expected, convert again")
         views = [_view(part) if part is not None else None for part in (weight, scales, biases)]
+        for view in views if not borrowed else ():
+            if view:
+                make_large(view.host)
         self.addresses = [view.address if view else 0 for view in views]
         self.row_bytes = [view.host.nbytes // (self.slots * self.rows) if view else 0 for view in views]
         self.views = [] if borrowed else views
         self.units = group_size // 32
         self.n = self.columns // group_size if group_size else self.columns
+        self.whole = int(digits.take(self.format, self.columns))
 
     @property
     def slot_bytes(self) -> int:
         return self.rows * sum(self.row_bytes)
 
-    def table(self, activations: "Activations", out: np.ndarray, runs: "Runs") -> list[int]:
-        """What `kernels.multiply` wants to know."""
-        weight, scales, _ = self.row_bytes
-        x, sums = activations.scaled, activations.sums
-        return [
-            *self.addresses,
-            weight * self.rows,
-            scales * self.rows,
-            weight,
-            scales,
-            self.rows,
-            self.n,
-            x.ctypes.data,
-            sums.ctypes.data,
-            x.strides[0],
-            sums.strides[0],
-            out.ctypes.data,
-            out.strides[0],
-            runs.slots.ctypes.data,
-            runs.x_rows.ctypes.data,
-            runs.out_rows.ctypes.data,
-        ]
+    def alike(self, other: "Packed") -> bool:
+        """Whether one call of a kernel can do both."""
+        return (self.format, self.scale, self.rows, self.row_bytes) == (
+            (other.format, other.scale, other.rows, other.row_bytes)
+        )
+
+    def places(self, slots: np.ndarray) -> list[np.ndarray]:
+        """Addresses of weight, scales and biases of every slot."""
+        return [address + slots * (size * self.rows) for address, size in zip(self.addresses, self.row_bytes)]
 
     def dequantised(self, slot: int, first: int, last: int, out: np.ndarray) -> np.ndarray:
         """Rows first..last of one slot as float32, in the memory of `out`: (last - first, columns)."""
@@ -131,16 +124,27 @@ class Activations:
     """x (T, columns) float32 as the kernels of one format and group size take it."""
 
     def __init__(self, x: np.ndarray, packed: Packed):
-        self.key = (packed.format, packed.group_size)
+        self.key = self._key(packed)
         if not packed.group_size:
             self.scaled, self.sums = x, np.zeros((1, 1), np.float32)
+            return
+        if packed.whole:
+            self.scaled = np.empty((len(x), digits.DIGITS * packed.columns), np.int8)
+            self.sums = np.empty((len(x), 2 * packed.n), np.float32)  # and steps
+            places = [v for a in (x, self.scaled, self.sums) for v in (a.ctypes.data, a.strides[0])]
+            kernel = kernels.split_rows(digits.planes(packed.format), packed.units)
+            kernels.run(kernel, [*places, packed.n], len(x), 0)
             return
         lanes = _lanes(packed.format)
         self.scaled = x if lanes[-1] == 1 else (x.reshape(-1, lanes.size) * lanes).reshape(x.shape)
         self.sums = x.reshape(len(x), -1, packed.group_size).sum(-1)
 
     def fit(self, packed: Packed) -> bool:
-        return self.key == (packed.format, packed.group_size)
+        return self.key == self._key(packed)
+
+    @staticmethod
+    def _key(packed: Packed) -> tuple:
+        return (digits.planes(packed.format) if packed.whole else packed.format, packed.group_size)
 
 
 @dataclass(frozen=True)
@@ -182,15 +186,26 @@ def matmul(x: np.ndarray, packed: Packed, slot: int = 0, activations: Activation
     elif len(x):
         if activations is None or not activations.fit(packed):
             activations = Activations(x, packed)
-        _few(activations, packed, runs_of([(slot, 0, len(x))]), out)
+        _few(activations, [(packed, out)], runs_of([(slot, 0, len(x))]))
     return out
 
 
-def _few(activations: Activations, packed: Packed, runs: list[Runs], out: np.ndarray) -> None:
+def _few(activations: Activations, matrices: list[tuple[Packed, np.ndarray]], runs: list[Runs]) -> None:
+    """Every run of x through each of some matrices that are alike, into the array beside it."""
+    packed, out = matrices[0]
+    x, sums = activations.scaled, activations.sums
     for run in runs:
-        kernel = kernels.multiply(packed.format, packed.scale, packed.units, run.tokens)
-        table = packed.table(activations, out, run)
-        kernels.run(kernel, table, len(run.slots) * ((packed.rows + 1) // 2), len(run.slots) * packed.slot_bytes)
+        places = [
+            [*matrix.places(run.slots), run.x_rows, out.ctypes.data + run.out_rows * out.strides[0]]
+            for matrix, out in matrices
+        ]
+        places = np.concatenate(places, axis=1)
+        rows = [packed.row_bytes[0], packed.row_bytes[1], packed.rows, packed.n]
+        row_of_x = [x.ctypes.data, sums.ctypes.data, x.strides[0], sums.strides[0]]
+        table = [places.ctypes.data, *rows, *row_of_x, out.strides[0], places.shape[1]]
+        kernel = kernels.multiply(packed.format, packed.scale, packed.units, run.tokens, packed.whole)
+        items = places.shape[1] * -(-packed.rows // kernels.rows_together(run.tokens, packed.whole))
+        kernels.run(kernel, table, items, places.shape[1] * packed.slot_bytes)
 
 
 def _many(x: np.ndarray, packed: Packed, slot: int, out: np.ndarray) -> None:
@@ -213,10 +228,6 @@ class Expert:
     up: Packed
     down: Packed
 
-    @property
-    def fused(self) -> bool:
-        return self.gate.format == self.up.format and self.gate.row_bytes == self.up.row_bytes
-
 
 def experts(x: np.ndarray, slots: np.ndarray, bank: Expert, part: bool = False) -> np.ndarray:
     """x (T, hidden) float32 through the experts in slots (T, K) → (T, K, hidden): down(silu(gate x) * up x).
@@ -237,24 +248,22 @@ def experts(x: np.ndarray, slots: np.ndarray, bank: Expert, part: bool = False) 
 
 def _one_token(x: np.ndarray, slots: np.ndarray, bank: Expert) -> np.ndarray:
     """x (1, hidden), slots (K,) → (K, hidden)."""
-    runs = singles(slots, np.zeros(len(slots)))
-    inner = _gate_up(x, runs, bank)
+    inner = _gate_up(x, [singles(slots, np.zeros(len(slots)))], len(slots), bank)
     out = np.empty((len(slots), bank.down.rows), np.float32)
-    _few(Activations(inner, bank.down), bank.down, [singles(slots, np.arange(len(slots)))], out)
+    _few(Activations(inner, bank.down), [(bank.down, out)], [singles(slots, np.arange(len(slots)))])
     return out
 
 
-def _gate_up(x: np.ndarray, runs: Runs, bank: Expert) -> np.ndarray:
+def _gate_up(x: np.ndarray, runs: list[Runs], outputs: int, bank: Expert) -> np.ndarray:
+    """silu(gate x) * up x of every run of x: (outputs, inner)."""
     activations = Activations(x, bank.gate)
-    inner, up = (np.empty((len(runs.slots), bank.gate.rows), np.float32) for _ in range(2))
-    if bank.fused:
-        kernel = kernels.gate_up(bank.gate.format, bank.gate.scale, bank.gate.units)
-        table = [*bank.gate.table(activations, inner, runs), *bank.up.addresses, up.ctypes.data]
-        kernels.run(kernel, table, inner.size, 2 * len(inner) * bank.gate.slot_bytes)
-        return swiglu(inner, up)
-    _few(activations, bank.gate, [runs], inner)
-    _few(activations if activations.fit(bank.up) else Activations(x, bank.up), bank.up, [runs], up)
-    return swiglu(inner, up)
+    gate, up = (np.zeros((outputs, bank.gate.rows), np.float32) for _ in range(2))
+    if bank.gate.alike(bank.up):
+        _few(activations, [(bank.gate, gate), (bank.up, up)], runs)
+    else:
+        _few(activations, [(bank.gate, gate)], runs)
+        _few(activations if activations.fit(bank.up) else Activations(x, bank.up), [(bank.up, up)], runs)
+    return swiglu(gate, up)
 
 
 def _sorted_experts(x: np.ndarray, slots: np.ndarray, bank: Expert) -> np.ndarray:
@@ -268,11 +277,7 @@ def _sorted_experts(x: np.ndarray, slots: np.ndarray, bank: Expert) -> np.ndarra
             out[a:b] = matmul(inner, bank.down, slot)
     runs = runs_of([span for span in spans if span[2] - span[1] <= FEW])
     if runs:
-        gate, up = (np.zeros((len(x), bank.gate.rows), np.float32) for _ in range(2))
-        activations = Activations(x, bank.gate)
-        _few(activations, bank.gate, runs, gate)
-        _few(activations if activations.fit(bank.up) else Activations(x, bank.up), bank.up, runs, up)
-        _few(Activations(swiglu(gate, up), bank.down), bank.down, runs, out)
+        _few(Activations(_gate_up(x, runs, len(x), bank), bank.down), [(bank.down, out)], runs)
     return out
 
 

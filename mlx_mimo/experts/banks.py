@@ -10,6 +10,7 @@ from math import prod
 import mlx.core as mx
 import numpy as np
 
+from ..cpu.pages import make_large
 from ..errors import MimoError
 from .record import RecordLayout, RecordTensor
 
@@ -143,6 +144,8 @@ class Banks:
         self.arrays[tensor.name] = bank
         if self.in_place:
             self._bytes[tensor.name] = _host_bytes(bank)
+            if mx.default_device() == mx.cpu:
+                make_large(self._bytes[tensor.name])
 
     def _copy(self, slots: list[int]) -> None:
         records = [self._staged.pop(slot) for slot in slots]

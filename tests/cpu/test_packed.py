@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
+from mlx_mimo.cpu import digits
 from mlx_mimo.cpu.packed import Expert, Packed, experts, matmul
 
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -41,6 +42,60 @@ def activations(tokens, columns, seed=1):
 
 def relative_error(got, want):
     return np.abs(got - want).max() / np.abs(want).max()
+
+
+@pytest.fixture(params=["whole numbers", "float32"])
+def way(request, monkeypatch):
+    """Both ways to multiply, where the processor has both."""
+    if request.param == "float32":
+        monkeypatch.setattr(digits, "available", lambda: False)
+    elif not digits.available():
+        pytest.skip("this processor has no VNNI and VBMI")
+    return request.param
+
+
+@pytest.mark.parametrize(("bits", "group"), [*AFFINE, (4, "mxfp4")])
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+@pytest.mark.parametrize("columns", [256, 1280, 2304])  # 2304: the last block of groups is not full
+def test_both_ways_equal_float64(way, bits, group, tokens, columns):
+    if group == "mxfp4":
+        matrix, exact = packed_and_exact((23, columns), 4, 32, "mxfp4")
+    else:
+        matrix, exact = packed_and_exact((23, columns), bits, group)
+    assert matrix.whole == (way == "whole numbers")
+    x = activations(tokens, columns)
+    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+
+
+@pytest.mark.parametrize("scale", [mx.float16, mx.float32])
+def test_both_ways_take_other_scale_types(way, scale):
+    matrix, exact = packed_and_exact((9, 1280), 4, 64, scale=scale)
+    x = activations(2, 1280)
+    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+
+
+@pytest.mark.parametrize("factor", [1e-26, 1.0, 1e30])
+def test_groups_of_any_magnitude(way, factor):
+    """Each group of activations has its own step: a large one takes no digits from a small one, zeros are zeros."""
+    matrix, exact = packed_and_exact((16, 512), 4, 64)
+    x = activations(1, 512)
+    x[0, :64] *= 1e4
+    x[0, 64:128] = 0
+    x[0, 128:192] *= 1e-4
+    x = (x * np.float32(factor)).astype(np.float32)
+    for first in (0, 128, 192):
+        part = np.zeros_like(x)
+        part[0, first : first + 64] = x[0, first : first + 64]
+        assert relative_error(matmul(part, matrix), part.astype(np.float64) @ exact.T) < TOLERANCE
+    assert not matmul(np.zeros_like(x), matrix).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_a_number_does_not_become_one(way, value):
+    matrix, _ = packed_and_exact((16, 256), 4, 64)
+    x = activations(1, 256)
+    x[0, 100] = value
+    assert not np.isfinite(matmul(x, matrix)).any()
 
 
 @pytest.mark.parametrize(("bits", "group"), AFFINE)
@@ -107,25 +162,25 @@ def test_any_shape_equals_float64(rows, groups, packing, tokens, seed):
     assert (np.abs(got - want) / np.maximum(scale, 1e-30)).max() < TOLERANCE
 
 
-def test_reads_stay_inside_the_matrix():
-    """The last unit of 2 and 3 bits is read from further back, not beyond the end."""
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_reads_stay_inside_the_matrix(way, bits):
+    """Units are read up to their last byte, and not beyond."""
     import ctypes
     import mmap
 
     page = mmap.PAGESIZE
     libc = ctypes.CDLL(None, use_errno=True)
-    for bits in (2, 3):
-        memory = mmap.mmap(-1, 2 * page)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        if libc.mprotect(ctypes.c_void_p(address + page), page, 0) != 0:
-            pytest.skip("no mprotect here")
-        matrix, exact = packed_and_exact((4, 64), bits, 32)
-        host = matrix.views[0].host.reshape(-1)
-        ctypes.memmove(address + page - host.nbytes, host.ctypes.data, host.nbytes)
-        matrix.addresses[0] = address + page - host.nbytes
-        x = activations(1, 64)
-        assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
-        libc.mprotect(ctypes.c_void_p(address + page), page, 3)
+    memory = mmap.mmap(-1, 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if libc.mprotect(ctypes.c_void_p(address + page), page, 0) != 0:
+        pytest.skip("no mprotect here")
+    matrix, exact = packed_and_exact((4, 256), bits, 32)
+    host = matrix.views[0].host.reshape(-1)
+    ctypes.memmove(address + page - host.nbytes, host.ctypes.data, host.nbytes)
+    matrix.addresses[0] = address + page - host.nbytes
+    x = activations(1, 256)
+    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+    libc.mprotect(ctypes.c_void_p(address + page), page, 3)
 
 
 # ---- experts
