@@ -17,7 +17,7 @@ def attention(queries, keys, values, cache=None, *, scale: float, mask=None, sin
     if isinstance(mask, mx.array):
         mask = np.asarray(mask) if mask.dtype == mx.bool_ else host(mask)
     sinks = None if sinks is None else host(sinks)
-    keys, values = (_seen(part) for part in (keys, values))
+    queries, keys, values = _float32(queries, keys, values)
     multiplications = queries.size * keys.shape[2] * 2
 
     def attend(q):
@@ -27,15 +27,15 @@ def attention(queries, keys, values, cache=None, *, scale: float, mask=None, sin
     return on_host(attend)(queries)
 
 
-def _seen(x: mx.array) -> np.ndarray:
-    """The cache's memory where it lies, slices included."""
-    if x.dtype != mx.float32:
-        return host(x)
+def _float32(queries, keys, values) -> tuple[mx.array, np.ndarray, np.ndarray]:
+    """All three waited for at once; keys and values as the cache's memory where it lies, slices included."""
+    queries, keys, values = (x if x.dtype == mx.float32 else x.astype(mx.float32) for x in (queries, keys, values))
     try:
-        mx.eval(x)
+        mx.eval(queries, keys, values)
     except ValueError:
-        return host(x)  # raises the right error
-    return np.asarray(x)
+        host(keys)  # raises the right error
+        raise
+    return queries, np.asarray(keys), np.asarray(values)
 
 
 def _attend(queries, keys, values, scale, mask, sinks) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 from numba import cfunc, njit, prange
 
 from .arithmetic import KERNEL, call, dots, put, split, unpack, word
+from .formats import FORMAT_BITS
 
 BYTES_PER_THREAD = 2**16  # of weights: less is not worth waking another thread for
 _lock = threading.Lock()  # not every threading layer of numba takes calls from two threads at once
@@ -113,9 +114,9 @@ def run(kernel: int, table: list[int], items: int, nbytes: int) -> None:
 # Each factory below makes one kernel for a format: what is known when it is made is a constant in its code.
 
 
-def rows_together(tokens: int, whole: int) -> int:
-    """How many rows of weights share what is read of x. One, where that keeps up: memory likes one stream best."""
-    return 1 if whole and tokens == 1 else 2
+def rows_together(format: str, whole: int) -> int:
+    """How many rows of weights share what is read of x. One where that keeps up: memory likes a single stream best."""
+    return 1 if whole and FORMAT_BITS[format] == 8 else 2
 
 
 @functools.cache
@@ -127,7 +128,7 @@ def multiply(format: str, scale: str, units: int, tokens: int, whole: int) -> in
     first row of x, the address of the first row of out.
     """
 
-    edition, together = EDITION, rows_together(tokens, whole)
+    edition, together = EDITION, rows_together(format, whole)
 
     def kernel(table, first, last):
         _ = edition

@@ -4,6 +4,7 @@
 array, so none of them can take part in grad, vmap or compile: they refuse rather than answer with zeros.
 """
 
+import functools
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -12,17 +13,18 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..errors import MimoError
-from .packed import Expert, Packed, experts, format_of, matmul
+from .packed import Expert, Packed, Stack, experts, format_of, matmul
 
 _WHY = "CPU kernels have no {}; load the model with MLX's own operations for that (MLX_MIMO_CPU_KERNELS=0)"
 
 
-def on_host(compute: Callable[[np.ndarray], np.ndarray]) -> Callable[[mx.array], mx.array]:
+def on_host(compute: Callable[[np.ndarray], np.ndarray | list[np.ndarray]]) -> Callable:
     """A function of arrays from one of NumPy arrays; raises MimoError inside a transformation."""
 
     @mx.custom_function
-    def function(x: mx.array) -> mx.array:
-        return mx.array(compute(host(x)))
+    def function(x: mx.array):
+        result = compute(host(x))
+        return [mx.array(part) for part in result] if isinstance(result, list) else mx.array(result)
 
     @function.vjp
     def _(*_):
@@ -42,11 +44,10 @@ def on_host(compute: Callable[[np.ndarray], np.ndarray]) -> Callable[[mx.array],
 def host(x: mx.array) -> np.ndarray:
     """x as contiguous float32 in host memory, in place where it is that already; waits for it."""
     try:
-        x = mx.contiguous(x.astype(mx.float32))
-        mx.eval(x)
+        # No operation of MLX where none is needed: to wait for one takes longer than many a kernel here.
+        return np.ascontiguousarray(x if x.dtype == mx.float32 else x.astype(mx.float32))
     except ValueError as error:  # "Attempting to eval an array during function transformations"
         raise MimoError(_WHY.format("compile or vmap")) from error
-    return np.asarray(x)
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
@@ -89,14 +90,60 @@ class KernelLinear(nn.Module):
                 setattr(self, name, getattr(linear, name))
         self._packed = _pack(self)
         self._function = on_host(self._compute)
+        self._together: Callable | None = None
         self.freeze()
 
     def _compute(self, x: np.ndarray) -> np.ndarray:
         return matmul(_rows(x), self._packed).reshape(*x.shape[:-1], -1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self._function(x)
+        y = self._function(x) if self._together is None else self._together(x)
         return y + self.bias if "bias" in self else y
+
+
+class Together:
+    """Linears that are called with the same x one after the other: the first call computes for all of them."""
+
+    def __init__(self, linears: list[KernelLinear]):
+        stack = Stack([linear._packed for linear in linears])
+        self._function = on_host(lambda x: [part.reshape(*x.shape[:-1], -1) for part in stack(_rows(x))])
+        self._x: mx.array | None = None
+        self._left: dict[int, mx.array] = {}
+        for number, linear in enumerate(linears):
+            linear._together = functools.partial(self._take, number)
+
+    @staticmethod
+    def possible(linears: list[nn.Module]) -> bool:
+        return all(type(linear) is KernelLinear for linear in linears) and Stack.possible([l._packed for l in linears])
+
+    def _take(self, number: int, x: mx.array) -> mx.array:
+        if self._x is not x or number not in self._left:
+            self._left = dict(enumerate(self._function(x)))
+            self._x = x
+        mine = self._left.pop(number)
+        if not self._left:
+            self._x = None
+        return mine
+
+
+class KernelRMSNorm(nn.Module):
+    """nn.RMSNorm on the host: x (..., hidden) → float32."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        super().__init__()
+        self.weight, self.eps = norm.weight.astype(mx.float32), norm.eps
+        self._weight = host(self.weight)
+        self._function = on_host(self._compute)
+        self.freeze()
+
+    def _compute(self, x: np.ndarray) -> np.ndarray:
+        squares = np.einsum("...i,...i->...", x, x)[..., None]
+        y = x / np.sqrt(squares / np.float32(x.shape[-1]) + np.float32(self.eps))
+        y *= self._weight
+        return y
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._function(x)
 
 
 class KernelEmbedding(nn.Module):
@@ -201,6 +248,11 @@ def use_cpu_kernels(model: nn.Module) -> nn.Module:
             module.attend = attention
     for path, module in swapped:
         _put(model, path, module)
+    for _, module in model.named_modules():
+        if isinstance(module, Attention):
+            linears = [module.q_proj, module.k_proj, module.v_proj]
+            if Together.possible(linears):
+                Together(linears)
     return model
 
 
@@ -209,6 +261,8 @@ def _replacement(module: nn.Module, router: type) -> nn.Module | None:
         return KernelRouter(module)
     if isinstance(module, (nn.Linear, nn.QuantizedLinear)) and has_kernel(module):
         return KernelLinear(module)
+    if isinstance(module, nn.RMSNorm):
+        return KernelRMSNorm(module)
     if isinstance(module, SwitchGLU) and all(has_kernel(module[f"{name}_proj"]) for name in ("gate", "up", "down")):
         return KernelSwitchGLU(module)
     if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and has_kernel(module):

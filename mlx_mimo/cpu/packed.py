@@ -7,6 +7,7 @@ weights (few rows of activations) and blocks made float32 once for NumPy's BLAS 
 import functools
 from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ FEW = 8  # up to so many rows the kernels read packed weights; above, blocks are
 BLOCK_BYTES = 2**21  # of float32 weights at a time, so that they stay in cache
 _KINDS = {mx.bfloat16: "bf16", mx.float16: "f16", mx.float32: "f32", mx.uint8: "e8m0"}
 GROUPS = (32, 64, 128)
+TOKENS = (4, 2, 1)  # how many a kernel takes at a time
 
 
 def format_of(dtype: mx.Dtype, bits: int = 0, group_size: int = 0, mode: str = "affine") -> str | None:
@@ -95,11 +97,15 @@ class Packed:
     def slot_bytes(self) -> int:
         return self.rows * sum(self.row_bytes)
 
-    def alike(self, other: "Packed") -> bool:
-        """Whether one call of a kernel can do both."""
-        return (self.format, self.scale, self.rows, self.row_bytes) == (
-            (other.format, other.scale, other.rows, other.row_bytes)
-        )
+    @property
+    def kind(self) -> tuple:
+        """Matrices of one kind take the same activations and the same kernel."""
+        return (self.format, self.scale, self.group_size, *self.row_bytes)
+
+    def pieces(self, height: int) -> np.ndarray:
+        """Addresses (3, rows / height) of weight, scales and biases of every `height` rows of slot 0."""
+        first = np.arange(0, self.rows, height)
+        return np.stack([address + first * size for address, size in zip(self.addresses, self.row_bytes)])
 
     def places(self, slots: np.ndarray) -> list[np.ndarray]:
         """Addresses of weight, scales and biases of every slot."""
@@ -164,7 +170,7 @@ def singles(slots: np.ndarray, x_rows: np.ndarray) -> Runs:
 
 def runs_of(spans: list[tuple[int, int, int]]) -> list[Runs]:
     """(slot, first row, last row + 1) → runs of 4, 2 and 1 rows."""
-    found: dict[int, list[tuple[int, int]]] = {4: [], 2: [], 1: []}
+    found: dict[int, list[tuple[int, int]]] = {tokens: [] for tokens in TOKENS}
     for slot, first, last in spans:
         while first < last:
             tokens = next(t for t in found if t <= last - first)
@@ -178,34 +184,70 @@ def runs_of(spans: list[tuple[int, int, int]]) -> list[Runs]:
     return runs
 
 
-def matmul(x: np.ndarray, packed: Packed, slot: int = 0, activations: Activations | None = None) -> np.ndarray:
-    """x (T, columns) float32, contiguous → (T, rows). `activations`, if they fit, are x prepared for another matrix."""
+def matmul(x: np.ndarray, packed: Packed, slot: int = 0) -> np.ndarray:
+    """x (T, columns) float32, contiguous → (T, rows)."""
     out = np.empty((len(x), packed.rows), np.float32)
     if len(x) > FEW:
         _many(x, packed, slot, out)
     elif len(x):
-        if activations is None or not activations.fit(packed):
-            activations = Activations(x, packed)
-        _few(activations, [(packed, out)], runs_of([(slot, 0, len(x))]))
+        _few(Activations(x, packed), [(packed, out)], runs_of([(slot, 0, len(x))]))
     return out
 
 
+class Stack:
+    """Matrices of one kind, one above the other: x goes through all of them in one call."""
+
+    def __init__(self, matrices: list[Packed]):
+        self.matrices = matrices
+        self.ends = np.cumsum([matrix.rows for matrix in matrices]).tolist()
+        # To the kernel they are pieces of equal height, wherever they lie.
+        self._height = gcd(*(matrix.rows for matrix in matrices))
+        pieces = [matrix.pieces(self._height) for matrix in matrices]
+        self._pieces = np.concatenate(pieces, axis=1)
+        self._out = np.arange(self._pieces.shape[1]) * (4 * self._height)
+
+    @staticmethod
+    def possible(matrices: list[Packed]) -> bool:
+        return len({(matrix.kind, matrix.slots) for matrix in matrices}) == 1 and matrices[0].slots == 1
+
+    def __call__(self, x: np.ndarray) -> list[np.ndarray]:
+        """x (T, columns) float32, contiguous → (T, rows) for each matrix, parts of one array."""
+        out = np.empty((len(x), self.ends[-1]), np.float32)
+        parts = [out[:, end - matrix.rows : end] for end, matrix in zip(self.ends, self.matrices)]
+        if len(x) > FEW:
+            for part, matrix in zip(parts, self.matrices):
+                _many(x, matrix, 0, part)
+            return parts
+        activations, first = Activations(x, self.matrices[0]) if len(x) else None, 0
+        while first < len(x):
+            tokens = next(t for t in TOKENS if t <= len(x) - first)
+            rows = np.full(len(self._out), first)
+            places = np.stack([*self._pieces, rows, out.ctypes.data + first * out.strides[0] + self._out])
+            _launch(activations, self.matrices[0], self._height, places, tokens, out.strides[0])
+            first += tokens
+        return parts
+
+
 def _few(activations: Activations, matrices: list[tuple[Packed, np.ndarray]], runs: list[Runs]) -> None:
-    """Every run of x through each of some matrices that are alike, into the array beside it."""
+    """Every run of x through each of some matrices of one kind and height, into the array beside it."""
     packed, out = matrices[0]
-    x, sums = activations.scaled, activations.sums
     for run in runs:
         places = [
             [*matrix.places(run.slots), run.x_rows, out.ctypes.data + run.out_rows * out.strides[0]]
             for matrix, out in matrices
         ]
-        places = np.concatenate(places, axis=1)
-        rows = [packed.row_bytes[0], packed.row_bytes[1], packed.rows, packed.n]
-        row_of_x = [x.ctypes.data, sums.ctypes.data, x.strides[0], sums.strides[0]]
-        table = [places.ctypes.data, *rows, *row_of_x, out.strides[0], places.shape[1]]
-        kernel = kernels.multiply(packed.format, packed.scale, packed.units, run.tokens, packed.whole)
-        items = places.shape[1] * -(-packed.rows // kernels.rows_together(run.tokens, packed.whole))
-        kernels.run(kernel, table, items, places.shape[1] * packed.slot_bytes)
+        _launch(activations, packed, packed.rows, np.concatenate(places, axis=1), run.tokens, out.strides[0])
+
+
+def _launch(activations: Activations, packed: Packed, rows: int, places: np.ndarray, tokens: int, out_row: int) -> None:
+    """`places` (5, runs) are what `kernels.multiply` calls runs; each is of `rows` rows of weights like `packed`'s."""
+    x, sums = activations.scaled, activations.sums
+    weights = [places.ctypes.data, packed.row_bytes[0], packed.row_bytes[1], rows, packed.n]
+    row_of_x = [x.ctypes.data, sums.ctypes.data, x.strides[0], sums.strides[0]]
+    count = places.shape[1]
+    kernel = kernels.multiply(packed.format, packed.scale, packed.units, tokens, packed.whole)
+    items = count * -(-rows // kernels.rows_together(packed.format, packed.whole))
+    kernels.run(kernel, [*weights, *row_of_x, out_row, count], items, count * rows * sum(packed.row_bytes))
 
 
 def _many(x: np.ndarray, packed: Packed, slot: int, out: np.ndarray) -> None:
@@ -258,7 +300,7 @@ def _gate_up(x: np.ndarray, runs: list[Runs], outputs: int, bank: Expert) -> np.
     """silu(gate x) * up x of every run of x: (outputs, inner)."""
     activations = Activations(x, bank.gate)
     gate, up = (np.zeros((outputs, bank.gate.rows), np.float32) for _ in range(2))
-    if bank.gate.alike(bank.up):
+    if (bank.gate.kind, bank.gate.rows) == (bank.up.kind, bank.up.rows):
         _few(activations, [(bank.gate, gate), (bank.up, up)], runs)
     else:
         _few(activations, [(bank.gate, gate)], runs)

