@@ -1,6 +1,6 @@
 """Where the time of a CPU decode step goes: `python examples/cpu_step.py [--model DIR | --synthetic 1.2GB]`.
 
-Each part is waited for before the next begins, which on a CPU changes little: nothing overlaps there anyway. No other
+The clock stands round the parts of the layers that run on the host; what is not in one of them is the rest. No other
 program should run meanwhile.
 """
 
@@ -16,17 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_mimo import load
-from mlx_mimo.cpu.modules import KernelLinear, KernelRouter, KernelSwitchGLU
+from mlx_mimo.cpu import decode
+from mlx_mimo.cpu.decode import HostDecoderLayer
 from mlx_mimo.experts.layer import ResidentSwitchGLU, StreamedSwitchGLU
-from mlx_mimo.models.mimo_v2_flash import Attention
 from mlx_mimo.runtime.budget import parse_size
 from mlx_mimo.runtime.synthetic import synthetic_config, write_synthetic
 
-PARTS = {
-    "q_proj": "q, k, v", "k_proj": "q, k, v", "v_proj": "q, k, v", "o_proj": "attention output", "lm_head": "head",
-    "gate_proj": "dense layer", "up_proj": "dense layer", "down_proj": "dense layer",
-}  # fmt: skip
-REST = "norms, rotary embedding, caches, sums (MLX)"
+REST = "norms, rotary embedding, caches, sums"
 
 
 class Clock:
@@ -35,14 +31,12 @@ class Clock:
     def __init__(self):
         self.spent: dict[str, float] = defaultdict(float)
 
-    def wrap(self, function, label_of):
+    def round(self, function, label):
         def timed(*arguments, **named):
-            waited = [a for a in arguments if isinstance(a, mx.array)]
-            mx.eval(waited)  # what came before is not this part's
             begun = time.perf_counter()
             result = function(*arguments, **named)
             mx.eval(result)
-            self.spent[label_of(arguments[0])] += time.perf_counter() - begun
+            self.spent[label] += time.perf_counter() - begun
             return result
 
         return timed
@@ -50,16 +44,19 @@ class Clock:
 
 def watch(model, clock: Clock) -> None:
     """Puts the clock round every part of `model`."""
-    labels = {id(module): PARTS.get(path.rpartition(".")[2], path) for path, module in model.named_modules()}
-    for kind, label in (
-        (KernelLinear, lambda module: labels[id(module)]),
-        (KernelRouter, lambda module: "router"),
-        *((kind, lambda module: "experts") for kind in (KernelSwitchGLU, ResidentSwitchGLU, StreamedSwitchGLU)),
-    ):
-        kind.__call__ = clock.wrap(kind.__call__, label)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.attend = clock.wrap(module.attend, lambda _: "attention")
+    decode.attend = clock.round(decode.attend, "attention")
+    for layer in model.layers:
+        layer._qkv = clock.round(layer._qkv, "q, k, v")
+        layer.self_attn.o_proj.compute = clock.round(layer.self_attn.o_proj.compute, "attention output")
+        if layer._gate_up is not None:
+            layer._gate_up = clock.round(layer._gate_up, "dense layer")
+            layer.mlp.down_proj.compute = clock.round(layer.mlp.down_proj.compute, "dense layer")
+        else:
+            layer.mlp.gate.compute = clock.round(layer.mlp.gate.compute, "router")
+    for kind in (ResidentSwitchGLU, StreamedSwitchGLU):
+        kind.__call__ = clock.round(kind.__call__, "experts")
+    head = type(model.lm_head)
+    head.__call__ = clock.round(head.__call__, "head")  # the layers call compute
 
 
 def main() -> None:
@@ -78,7 +75,7 @@ def main() -> None:
             directory = Path(folder)
             write_synthetic(directory, synthetic_config(parse_size(options.synthetic), "4bit", options.narrow), "4bit")
         model, _ = load(directory, expert_memory=options.expert_memory, threads=options.threads)
-        if not any(isinstance(module, KernelLinear) for module in model.modules()):
+        if not all(isinstance(layer, HostDecoderLayer) for layer in model.layers):
             raise SystemExit("no CPU kernels are in use: this measures the CPU fallback only")
         tokens = np.random.default_rng(0).integers(0, model.args.vocab_size, options.context + 1)
         cache = model.make_cache()

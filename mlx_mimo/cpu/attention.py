@@ -12,19 +12,24 @@ BLOCK = 256  # queries at a time, so that scores stay small
 
 def attention(queries, keys, values, cache=None, *, scale: float, mask=None, sinks=None) -> mx.array:
     """As mx.fast.scaled_dot_product_attention, in float32: queries (B, H, L, D), keys and values (B, KV, S, …)."""
-    if hasattr(cache, "bits"):
-        raise MimoError("quantised KV caches have no CPU kernel; leave --kv-bits out")
-    if isinstance(mask, mx.array):
-        mask = np.asarray(mask) if mask.dtype == mx.bool_ else host(mask)
+    check_cache(cache)
     sinks = None if sinks is None else host(sinks)
     queries, keys, values = _float32(queries, keys, values)
-    multiplications = queries.size * keys.shape[2] * 2
+    return on_host(lambda queries: attend(queries, keys, values, scale, mask, sinks))(queries)
 
-    def attend(q):
-        with blas.limited(multiplications):
-            return _attend(q, keys, values, scale, mask, sinks)
 
-    return on_host(attend)(queries)
+def check_cache(cache) -> None:
+    """Raises MimoError for a cache whose keys and values cannot be read as they lie."""
+    if hasattr(cache, "bits"):
+        raise MimoError("quantised KV caches have no CPU kernel; leave --kv-bits out")
+
+
+def attend(queries, keys, values, scale: float, mask=None, sinks=None) -> np.ndarray:
+    """`attention` of NumPy arrays."""
+    if isinstance(mask, mx.array):
+        mask = np.asarray(mask) if mask.dtype == mx.bool_ else host(mask)
+    with blas.limited(queries.size * keys.shape[2] * 2):
+        return _attend(queries, keys, values, scale, mask, sinks)
 
 
 def _float32(queries, keys, values) -> tuple[mx.array, np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@
 array, so none of them can take part in grad, vmap or compile: they refuse rather than answer with zeros.
 """
 
-import functools
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -13,7 +12,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..errors import MimoError
-from .packed import Expert, Packed, Stack, experts, format_of, matmul
+from .packed import Expert, Packed, experts, format_of, matmul
 
 _WHY = "CPU kernels have no {}; load the model with MLX's own operations for that (MLX_MIMO_CPU_KERNELS=0)"
 
@@ -88,42 +87,17 @@ class KernelLinear(nn.Module):
         for name in ("bits", "group_size", "mode"):
             if hasattr(linear, name):
                 setattr(self, name, getattr(linear, name))
-        self._packed = _pack(self)
-        self._function = on_host(self._compute)
-        self._together: Callable | None = None
+        self.packed = _pack(self)
+        self._function = on_host(self.compute)
         self.freeze()
 
-    def _compute(self, x: np.ndarray) -> np.ndarray:
-        return matmul(_rows(x), self._packed).reshape(*x.shape[:-1], -1)
+    def compute(self, x: np.ndarray) -> np.ndarray:
+        """As a call, of NumPy arrays and without the bias."""
+        return matmul(_rows(x), self.packed).reshape(*x.shape[:-1], -1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self._function(x) if self._together is None else self._together(x)
+        y = self._function(x)
         return y + self.bias if "bias" in self else y
-
-
-class Together:
-    """Linears that are called with the same x one after the other: the first call computes for all of them."""
-
-    def __init__(self, linears: list[KernelLinear]):
-        stack = Stack([linear._packed for linear in linears])
-        self._function = on_host(lambda x: [part.reshape(*x.shape[:-1], -1) for part in stack(_rows(x))])
-        self._x: mx.array | None = None
-        self._left: dict[int, mx.array] = {}
-        for number, linear in enumerate(linears):
-            linear._together = functools.partial(self._take, number)
-
-    @staticmethod
-    def possible(linears: list[nn.Module]) -> bool:
-        return all(type(linear) is KernelLinear for linear in linears) and Stack.possible([l._packed for l in linears])
-
-    def _take(self, number: int, x: mx.array) -> mx.array:
-        if self._x is not x or number not in self._left:
-            self._left = dict(enumerate(self._function(x)))
-            self._x = x
-        mine = self._left.pop(number)
-        if not self._left:
-            self._x = None
-        return mine
 
 
 class KernelRMSNorm(nn.Module):
@@ -133,10 +107,11 @@ class KernelRMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = norm.weight.astype(mx.float32), norm.eps
         self._weight = host(self.weight)
-        self._function = on_host(self._compute)
+        self._function = on_host(self.compute)
         self.freeze()
 
-    def _compute(self, x: np.ndarray) -> np.ndarray:
+    def compute(self, x: np.ndarray) -> np.ndarray:
+        """As a call, of NumPy arrays."""
         squares = np.einsum("...i,...i->...", x, x)[..., None]
         y = x / np.sqrt(squares / np.float32(x.shape[-1]) + np.float32(self.eps))
         y *= self._weight
@@ -216,13 +191,20 @@ class KernelRouter(nn.Module):
         with np.errstate(over="ignore"):
             return (1.0 / (1.0 + np.exp(-logits))).reshape(*x.shape[:-1], -1)
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        scores = host(self._function(x))
+    def compute(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As a call, of NumPy arrays."""
+        return self._choose(self._scores(x))
+
+    def _choose(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         indices = np.argpartition(-(scores + self._bias), self.top_k - 1, axis=-1)[..., : self.top_k]
         weights = np.take_along_axis(scores, indices, axis=-1)
         if self.norm_topk_prob:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-        return mx.array(indices.astype(np.uint32)), mx.array(weights * np.float32(self.scale))
+        return indices.astype(np.uint32), weights * np.float32(self.scale)
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        indices, weights = self._choose(host(self._function(x)))
+        return mx.array(indices), mx.array(weights)
 
 
 def use_cpu_kernels(model: nn.Module) -> nn.Module:
@@ -232,6 +214,7 @@ def use_cpu_kernels(model: nn.Module) -> nn.Module:
     """
     from ..models.mimo_v2_flash import Attention, Router
     from .attention import attention
+    from .decode import adopt
 
     swapped: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
@@ -248,11 +231,8 @@ def use_cpu_kernels(model: nn.Module) -> nn.Module:
             module.attend = attention
     for path, module in swapped:
         _put(model, path, module)
-    for _, module in model.named_modules():
-        if isinstance(module, Attention):
-            linears = [module.q_proj, module.k_proj, module.v_proj]
-            if Together.possible(linears):
-                Together(linears)
+    for layer in model.layers:
+        adopt(layer)
     return model
 
 
