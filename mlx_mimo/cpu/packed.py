@@ -17,7 +17,10 @@ from . import blas, digits, kernels
 from .formats import AFFINE_BITS, FORMAT_BITS, lane_scales
 from .pages import make_large
 
-FEW = 8  # up to so many rows the kernels read packed weights; above, blocks are made float32 for BLAS
+# Up to so many rows the kernels read packed weights, above, blocks are made float32 for BLAS: in float32, and where the
+# products are in whole numbers.
+FEW, FEW_WHOLE = 8, 64
+PAIRS_AT_ONCE = 1024  # rows of x that go through their experts in one call
 BLOCK_BYTES = 2**21  # of float32 weights at a time, so that they stay in cache
 _KINDS = {mx.bfloat16: "bf16", mx.float16: "f16", mx.float32: "f32", mx.uint8: "e8m0"}
 GROUPS = (32, 64, 128)
@@ -92,6 +95,11 @@ class Packed:
         self.units = group_size // 32
         self.n = self.columns // group_size if group_size else self.columns
         self.whole = int(digits.take(self.format, self.columns))
+
+    @property
+    def few(self) -> int:
+        """How many rows of activations are few; see FEW."""
+        return FEW_WHOLE if self.whole else FEW
 
     @property
     def slot_bytes(self) -> int:
@@ -187,7 +195,7 @@ def runs_of(spans: list[tuple[int, int, int]]) -> list[Runs]:
 def matmul(x: np.ndarray, packed: Packed, slot: int = 0) -> np.ndarray:
     """x (T, columns) float32, contiguous → (T, rows)."""
     out = np.empty((len(x), packed.rows), np.float32)
-    if len(x) > FEW:
+    if len(x) > packed.few:
         _many(x, packed, slot, out)
     elif len(x):
         _few(Activations(x, packed), [(packed, out)], runs_of([(slot, 0, len(x))]))
@@ -214,7 +222,7 @@ class Stack:
         """x (T, columns) float32, contiguous → (T, rows) for each matrix, parts of one array."""
         out = np.empty((len(x), self.ends[-1]), np.float32)
         parts = [out[:, end - matrix.rows : end] for end, matrix in zip(self.ends, self.matrices)]
-        if len(x) > FEW:
+        if len(x) > self.matrices[0].few:
             for part, matrix in zip(parts, self.matrices):
                 _many(x, matrix, 0, part)
             return parts
@@ -313,14 +321,33 @@ def _sorted_experts(x: np.ndarray, slots: np.ndarray, bank: Expert) -> np.ndarra
     bounds = [0, *(np.flatnonzero(np.diff(slots)) + 1).tolist(), len(slots)]
     spans = [(int(slots[a]), a, b) for a, b in pairwise(bounds)]
     out = np.empty((len(x), bank.down.rows), np.float32)
+    few = min(bank.gate.few, bank.up.few, bank.down.few)
     for slot, a, b in spans:
-        if b - a > FEW:
+        if b - a > few:
             inner = swiglu(matmul(x[a:b], bank.gate, slot), matmul(x[a:b], bank.up, slot))
             out[a:b] = matmul(inner, bank.down, slot)
-    runs = runs_of([span for span in spans if span[2] - span[1] <= FEW])
-    if runs:
-        _few(Activations(_gate_up(x, runs, len(x), bank), bank.down), [(bank.down, out)], runs)
+    for batch in _batches([span for span in spans if span[2] - span[1] <= few]):
+        rows = np.concatenate([np.arange(a, b) for _, a, b in batch])
+        ends = np.cumsum([b - a for _, a, b in batch]).tolist()
+        runs = runs_of([(slot, end - (b - a), end) for (slot, a, b), end in zip(batch, ends)])
+        part = np.empty((len(rows), bank.down.rows), np.float32)
+        _few(Activations(_gate_up(x[rows], runs, len(rows), bank), bank.down), [(bank.down, part)], runs)
+        out[rows] = part
     return out
+
+
+def _batches(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """Spans (slot, first row, last row + 1) by the calls they are computed in, up to PAIRS_AT_ONCE rows in each."""
+    batches: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for span in spans:
+        rows = span[2] - span[1]
+        if rows > room:
+            batches.append([])
+            room = PAIRS_AT_ONCE
+        batches[-1].append(span)
+        room -= rows
+    return batches
 
 
 def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:

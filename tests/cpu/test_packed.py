@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
-from mlx_mimo.cpu import digits
+from mlx_mimo.cpu import digits, packed
 from mlx_mimo.cpu.packed import Expert, Packed, experts, matmul
 
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -231,3 +231,25 @@ def test_gate_and_up_may_differ_in_format():
         x = activations(tokens, 64)
         slots = np.random.default_rng(2).integers(0, 2, size=(tokens, 2)).astype(np.int32)
         assert relative_error(experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_experts_of_few_and_of_many_rows_in_one_call(way, tokens, monkeypatch):
+    """Expert 0 has many rows, the others few, in more batches than one."""
+    monkeypatch.setattr(packed, "FEW", 6)
+    monkeypatch.setattr(packed, "FEW_WHOLE", 6)
+    monkeypatch.setattr(packed, "PAIRS_AT_ONCE", 9)
+    bank, exact = bank_and_exact(256, 256, 12, group=64)
+    x = activations(tokens, 256)
+    slots = np.random.default_rng(4).integers(1, 12, size=(tokens, 3)).astype(np.int32)
+    slots[:, 0] = 0
+    assert relative_error(experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [5, 64, 65])
+def test_a_stack_equals_its_matrices(way, tokens):
+    made = [packed_and_exact((rows, 256), 8, 64, seed=rows) for rows in (48, 16, 32)]
+    stack = packed.Stack([matrix for matrix, _ in made])
+    x = activations(tokens, 256)
+    for part, (_, exact) in zip(stack(x), made):
+        assert relative_error(part, x @ exact.T) < TOLERANCE
