@@ -48,7 +48,7 @@ def host_writable() -> bool:
     bank = mx.zeros((4, 64), dtype=mx.uint32)
     mx.eval(bank)
     try:
-        view = _host_bytes(bank)
+        view = host_bytes(bank)
         for value in (0x01, 0x7F):  # the second write comes after the device has read the first
             view[2] = value
             want = int.from_bytes(bytes([value] * 4), "little")
@@ -60,7 +60,7 @@ def host_writable() -> bool:
     return True
 
 
-def _host_bytes(bank: mx.array) -> np.ndarray:
+def host_bytes(bank: mx.array) -> np.ndarray:
     """(slots, bytes of a row), sharing memory with an evaluated bank where the backend allows it."""
     raw = bank.view(mx.uint8)
     mx.eval(raw)
@@ -143,7 +143,7 @@ class Banks:
         mx.eval(bank)
         self.arrays[tensor.name] = bank
         if self.in_place:
-            self._bytes[tensor.name] = _host_bytes(bank)
+            self._bytes[tensor.name] = host_bytes(bank)
             if mx.default_device() == mx.cpu:
                 make_large(self._bytes[tensor.name])
 

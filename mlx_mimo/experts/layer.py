@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import MimoError
-from .banks import Banks
+from .banks import Banks, host_bytes
 from .compute import Compute
 from .pool import Pool
 from .reader import ExpertReader
@@ -35,8 +35,15 @@ def _refuse(*_):
     )
 
 
-_constant.vjp(_refuse)
-_constant.jvp(_refuse)
+@mx.custom_function
+def _computed(y: mx.array, x: mx.array) -> mx.array:
+    """y, which the host computed from x: without this a derivative would pass by, and be zero."""
+    return y
+
+
+for _function in (_constant, _computed):
+    _function.vjp(_refuse)
+    _function.jvp(_refuse)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class StreamedSwitchGLU(nn.Module):
             y = self._decode(x, chosen, guesses)
         else:
             y = self._prefill(x, chosen)
+        if not self.compute.takes_lazy:
+            y = _computed(y, x)
         return y.reshape(*rows, top_k, hidden)
 
     def _decode(self, x: mx.array, chosen: np.ndarray, guesses: np.ndarray | None) -> mx.array:
@@ -96,11 +105,12 @@ class StreamedSwitchGLU(nn.Module):
                 if step.last and parts is None:
                     y = self.compute(x, self.pool.slots_of(self.layer, chosen), self.pool.arrays)
                 else:
-                    parts = parts or Parts(chosen)
+                    parts = parts or self._parts(chosen)
                     parts.add(self._pairs(x, parts.select(step.experts), chosen), evaluate=not step.last)
                     y = parts.joined() if step.last else None
                 if step.last:
-                    self.pool.lazily(y)
+                    if self.compute.takes_lazy:
+                        self.pool.lazily(y)
                     if guesses is not None:
                         mx.async_eval(y)
                         self.ahead.pool.guess(self.ahead.layer, guesses)
@@ -108,13 +118,17 @@ class StreamedSwitchGLU(nn.Module):
 
     def _prefill(self, x: mx.array, chosen: np.ndarray) -> mx.array:
         """As `_decode`, expert-major: a wave's pairs at a time, sorted by expert."""
-        parts = Parts(chosen)
+        parts = self._parts(chosen)
         with closing(self.pool.serve(Need.of(self.layer, chosen))) as steps:
             for step in steps:
                 parts.add(self._pairs(x, parts.select(step.experts), chosen), evaluate=not step.last)
             y = parts.joined()
-            self.pool.lazily(y)
+            if self.compute.takes_lazy:
+                self.pool.lazily(y)
         return y
+
+    def _parts(self, chosen: np.ndarray) -> "Parts":
+        return Parts(chosen, on_host=not self.compute.takes_lazy)
 
     def _pairs(self, x: mx.array, pairs: np.ndarray, chosen: np.ndarray) -> mx.array:
         """Outputs (P, hidden) of the given pairs, which are numbered token * K + k and sorted by expert."""
@@ -132,10 +146,16 @@ class StreamedSwitchGLU(nn.Module):
 
 
 class Parts:
-    """The outputs of a call's pairs, computed a few experts at a time."""
+    """The outputs of a call's pairs, computed a few experts at a time.
 
-    def __init__(self, chosen: np.ndarray):
+    `on_host` puts each output into its place at once, for kernels that computed it there: joined on the device, all
+    outputs would be in memory three times.
+    """
+
+    def __init__(self, chosen: np.ndarray, on_host: bool = False):
         self.shape = chosen.shape
+        self._on_host = on_host
+        self._joined: mx.array | None = None
         self._experts = chosen.reshape(-1)
         self._order = np.argsort(self._experts, kind="stable")
         self._sorted = self._experts[self._order]
@@ -152,12 +172,19 @@ class Parts:
 
     def add(self, output: mx.array, evaluate: bool) -> None:
         """`output` (P, hidden) of the pairs selected last."""
+        if self._on_host:
+            if self._joined is None:
+                self._joined = mx.zeros((self._experts.size, output.shape[-1]), dtype=output.dtype)
+            host_bytes(self._joined)[self._pairs[-1]] = host_bytes(output)
+            return
         if evaluate:
             mx.eval(output)
         self._outputs.append(output)
 
     def joined(self) -> mx.array:
         """(T, K, hidden) of all pairs."""
+        if self._joined is not None:
+            return self._joined.reshape(*self.shape, -1)
         place = np.empty(self._experts.size, dtype=np.int32)
         place[np.concatenate(self._pairs)] = np.arange(place.size, dtype=np.int32)
         return mx.concatenate(self._outputs)[mx.array(place)].reshape(*self.shape, -1)

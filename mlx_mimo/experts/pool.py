@@ -18,7 +18,6 @@ from .record import ExpertFile, RecordLayout
 from .residents import Compute, Need, Read, Residents
 
 PRELOAD_EXPERTS = 32  # read between two looks at the progress callback
-LAZY_OUTPUTS = 8
 
 
 @dataclass
@@ -100,6 +99,7 @@ class Pool:
         be written then. Close the iterator whatever happens (contextlib.closing). Raises MimoError when a record
         cannot be read; residents and counters are then as if its read had not been tried.
         """
+        self._evaluate()  # done long since in a model's run: the router that asks now has seen it
         self._settle_guesses()
         if self._guessed:
             self._count_guesses(need.layer, need.experts)
@@ -120,9 +120,7 @@ class Pool:
             steps.close()
 
     def lazily(self, output: mx.array) -> None:
-        """`output` may still have to read slots: it is evaluated before any slot is written."""
-        if len(self._lazy) >= LAZY_OUTPUTS:
-            self._evaluate()  # they are done long since in a model's run; only independent calls could still be lazy
+        """`output` may still have to read slots: it is evaluated before a slot is written or another call served."""
         self._lazy.append(output)
 
     def guess(self, layer: int, experts: np.ndarray) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from .policy import Policy
 
 SORTED_PAIRS = 64  # from so many token-expert pairs on a call goes expert by expert; mlx-lm sorts from here on too
-WAVE_EXPERTS = 32  # experts of one wave at most: bounds what a wave computes at once
+WAVE_EXPERTS = 32  # experts of one wave at most, and
+WAVE_PAIRS = 1024  # token-expert pairs, unless one expert has more: these bound what a wave takes in memory
 HELD = np.inf  # rank of a slot that must not be written
 FREE = -np.inf
 
@@ -108,7 +109,8 @@ class Residents:
         self.hits += len(present)
         try:
             if not need.together or keys.size > self.slots:
-                yield from self._waves(present, missing, base, held)
+                pairs = dict(zip(keys.tolist(), need.counts.tolist()))
+                yield from self._waves(present, missing, pairs, base, held)
                 return
             if not missing:
                 self._hold(hits, held) if hold else self._release(hits)
@@ -125,9 +127,11 @@ class Residents:
         finally:
             self._release(held)
 
-    def _waves(self, present: list[int], missing: list[int], base: int, held: list[int]) -> Iterator[Read | Compute]:
+    def _waves(
+        self, present: list[int], missing: list[int], pairs: dict[int, int], base: int, held: list[int]
+    ) -> Iterator[Read | Compute]:
         size = max(1, min(WAVE_EXPERTS, self.slots // 4))
-        ready, wanted = self._groups(present, WAVE_EXPERTS), self._groups(missing, size)
+        ready, wanted = self._groups(present, WAVE_EXPERTS, pairs), self._groups(missing, size, pairs)
         self._hold([self.slot_of.item(key) for key in present], held)
         writable = int(np.count_nonzero(self.rank != HELD))
         reading: deque[list[int]] = deque()
@@ -142,9 +146,17 @@ class Residents:
             self._release([self.slot_of.item(key) for key in group])
             writable += len(group)
 
-    def _groups(self, keys: list[int], size: int) -> deque[list[int]]:
-        keys = sorted(keys, key=self.policy.score.item)
-        return deque(keys[start : start + size] for start in range(0, len(keys), size))
+    def _groups(self, keys: list[int], size: int, pairs: dict[int, int]) -> deque[list[int]]:
+        """`keys` by score, the lowest first, in groups of at most `size`."""
+        groups: deque[list[int]] = deque()
+        room = 0
+        for key in sorted(keys, key=self.policy.score.item):
+            if not groups or len(groups[-1]) == size or room < pairs[key]:
+                groups.append([])
+                room = WAVE_PAIRS
+            groups[-1].append(key)
+            room -= pairs[key]
+        return groups
 
     def _touch(self, keys: np.ndarray, counts: np.ndarray, tokens: int) -> None:
         """Counts a call. The ranks of its residents are brought up to date when they are released."""

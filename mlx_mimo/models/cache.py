@@ -99,6 +99,8 @@ class SlidingKVCache(_BaseCache):
         self.keys = mx.contiguous(self.keys[..., first : self.held, :])
         self.values = mx.contiguous(self.values[..., first : self.held, :])
         self.held = self.kept
+        # Nothing else asks for these before the chunk ends: until then every layer's whole chunk would stay.
+        mx.async_eval(self.keys, self.values)
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
         """For N new tokens, before their update; `window_size` of None means the cache's own."""

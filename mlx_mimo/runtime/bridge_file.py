@@ -23,7 +23,7 @@ from ..experts.residency import attach
 from ..models.config import ModelArgs
 from ..models.mimo_v2_flash import Model
 from .budget import available_memory, parse_size
-from .load import CACHE_LIMIT_BYTES, ExpertsElsewhere, TrunkModel, expert_limit, on_cpu
+from .load import ExpertsElsewhere, TrunkModel, cache_limit, expert_limit, on_cpu
 from .source import Directory, read_config
 
 PREFIX = "MLX_MIMO_"
@@ -141,7 +141,7 @@ class _Bridged:
 
     def _prepare(self) -> None:
         """Fits the process and the weights, which have just been loaded, to the device."""
-        mx.set_cache_limit(CACHE_LIMIT_BYTES)
+        mx.set_cache_limit(cache_limit())
         if self._settings.threads is not None:
             from ..cpu import set_threads
 

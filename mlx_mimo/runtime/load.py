@@ -20,7 +20,7 @@ from .source import Directory, find
 from .stream import PREFILL_CHUNK
 
 CONTEXT = 32768  # tokens of KV cache that `auto` leaves room for
-CACHE_LIMIT_BYTES = 2 * 10**9  # of freed buffers that MLX keeps; its default is nearly all memory
+CACHE_LIMIT_BYTES = 2 * 10**9  # of freed buffers that MLX keeps on a GPU; its default is nearly all memory
 
 
 def load(
@@ -53,7 +53,7 @@ def load(
     overrides = {} if sliding_window is None else {"window_keys": sliding_window}
     args = ModelArgs.from_dict(directory.config | overrides)
     check_files(directory.path)
-    mx.set_cache_limit(CACHE_LIMIT_BYTES)
+    mx.set_cache_limit(cache_limit())
     if threads is not None:
         from ..cpu import set_threads
 
@@ -91,6 +91,11 @@ def load(
 
 def on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
+
+
+def cache_limit() -> int:
+    """Bytes of freed buffers that MLX keeps. On the CPU none: keeping them saves no time there."""
+    return 0 if on_cpu() else CACHE_LIMIT_BYTES
 
 
 class ExpertsElsewhere(nn.Module):

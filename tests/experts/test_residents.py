@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mimo.experts.policy import make_policy
-from mlx_mimo.experts.residents import HELD, Compute, Need, Read, Residents
+from mlx_mimo.experts.residents import HELD, WAVE_PAIRS, Compute, Need, Read, Residents
 
 EXPERTS = 12
 
@@ -161,6 +161,20 @@ def test_a_guess_evicts_only_what_is_worth_less():
     assert resident(residents, 1) == {0, 1}
     residents.settled(slots)
     consistent(residents)
+
+
+def test_a_wave_holds_a_bounded_number_of_pairs():
+    counts = np.array([WAVE_PAIRS // 2, 1, WAVE_PAIRS + 5, WAVE_PAIRS // 2, 3, 3])
+    residents = table(8 * counts.size, layers=(1,))
+    for _ in range(2):  # everything is missing, then everything is there
+        sums = [
+            counts[step.experts].sum()
+            for step in residents.schedule(Need(1, np.arange(counts.size), counts, 2 * WAVE_PAIRS, False))
+            if isinstance(step, Compute)
+        ]
+        assert sum(sums) == counts.sum()
+        assert sorted(sums)[-1] == WAVE_PAIRS + 5, "an expert's own pairs stay together"
+        assert all(pairs <= WAVE_PAIRS for pairs in sorted(sums)[:-1])
 
 
 needs = st.lists(
