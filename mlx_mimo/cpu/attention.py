@@ -13,9 +13,9 @@ BLOCK = 256  # queries at a time, so that scores stay small
 def attention(queries, keys, values, cache=None, *, scale: float, mask=None, sinks=None) -> mx.array:
     """As mx.fast.scaled_dot_product_attention, in float32: queries (B, H, L, D), keys and values (B, KV, S, …)."""
     check_cache(cache)
-    sinks = None if sinks is None else host(sinks)
     queries, keys, values = _float32(queries, keys, values)
-    return on_host(lambda queries: attend(queries, keys, values, scale, mask, sinks))(queries)
+    compute = on_host(lambda queries, *sinks: attend(queries, keys, values, scale, mask, *sinks))
+    return compute(queries) if sinks is None else compute(queries, sinks)
 
 
 def check_cache(cache) -> None:

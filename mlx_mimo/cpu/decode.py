@@ -27,16 +27,18 @@ class HostDecoderLayer(DecoderLayer):
         offset = getattr(cache, "offset", 0)
         if x.shape[0] * x.shape[1] > FEW or not isinstance(offset, int):  # sequences of unequal length
             return super().__call__(x, mask, cache)
-        return on_host(lambda x: self._forward(x, mask, cache))(x)
+        compute = on_host(lambda x, *sinks: self._forward(x, mask, cache, *sinks))
+        sinks = self.self_attn.attention_sink_bias
+        return compute(x) if sinks is None else compute(x, sinks)
 
-    def _forward(self, x: np.ndarray, mask, cache) -> np.ndarray:
-        x = x + self._attention(self.input_layernorm.compute(x), mask, cache)
+    def _forward(self, x: np.ndarray, mask, cache, sinks: np.ndarray | None = None) -> np.ndarray:
+        x = x + self._attention(self.input_layernorm.compute(x), mask, cache, sinks)
         y = self.post_attention_layernorm.compute(x)
         y = self._moe(y) if isinstance(self.mlp, MoE) else self._dense(y)
         y += x
         return y
 
-    def _attention(self, x: np.ndarray, mask, cache) -> np.ndarray:
+    def _attention(self, x: np.ndarray, mask, cache, sinks: np.ndarray | None) -> np.ndarray:
         attention, (batch, length, _) = self.self_attn, x.shape
         check_cache(cache)
         parts = self._qkv(x.reshape(-1, x.shape[-1]))
@@ -49,8 +51,7 @@ class HostDecoderLayer(DecoderLayer):
             both = cache.update_and_fetch(mx.array(keys), mx.array(values))
             mx.eval(both)
             keys, values = (np.asarray(part) for part in both)
-        sinks = attention.attention_sink_bias
-        out = attend(queries, keys, values, attention.scale, mask, None if sinks is None else host(sinks))
+        out = attend(queries, keys, values, attention.scale, mask, sinks)
         return attention.o_proj.compute(out.swapaxes(1, 2).reshape(batch, length, -1))
 
     def _moe(self, x: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Modules that stand in for MLX's on the CPU: same parameters, same results in float32, the kernels' speed.
 
 `use_cpu_kernels` swaps them into a loaded model. Each waits for its input, computes on the host and returns a finished
-array, so none of them can take part in grad, vmap or compile: they refuse rather than answer with zeros.
+array, so none of them can take part in grad, vmap or compile: they refuse rather than answer with zeros. Nor can their
+parameters be replaced, as grad does: the kernels read those that the module was made with.
 """
 
 from collections.abc import Callable
@@ -17,12 +18,12 @@ from .packed import Expert, Packed, experts, format_of, matmul
 _WHY = "CPU kernels have no {}; load the model with MLX's own operations for that (MLX_MIMO_CPU_KERNELS=0)"
 
 
-def on_host(compute: Callable[[np.ndarray], np.ndarray | list[np.ndarray]]) -> Callable:
-    """A function of arrays from one of NumPy arrays; raises MimoError inside a transformation."""
+def on_host(compute: Callable[..., np.ndarray | list[np.ndarray]]) -> Callable:
+    """A function of arrays from one of as many NumPy arrays; raises MimoError inside a transformation."""
 
     @mx.custom_function
-    def function(x: mx.array):
-        result = compute(host(x))
+    def function(*arrays: mx.array):
+        result = compute(*map(host, arrays))
         return [mx.array(part) for part in result] if isinstance(result, list) else mx.array(result)
 
     @function.vjp
@@ -76,18 +77,34 @@ def has_kernel(module: nn.Module) -> bool:
     return format_of(module.weight.dtype, module.bits, module.group_size, mode) is not None
 
 
-class KernelLinear(nn.Module):
+class KernelModule(nn.Module):
+    """Parameters that kernels read where they lie. Replacing one raises MimoError: it would be ignored in silence."""
+
+    def __setitem__(self, name: str, value) -> None:
+        if isinstance(value, mx.array) and self.get(name, value) is not value:
+            raise MimoError(f"{type(self).__name__}.{name}: " + _WHY.format("gradient and take no other weights"))
+        super().__setitem__(name, value)
+
+
+class PackedModule(KernelModule):
+    """The weights of a linear layer, an embedding or a stack of linear layers, quantised or not."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        for name in ("weight", "scales", "biases", "bias"):
+            if module.get(name) is not None:
+                self[name] = module[name]
+        for name in ("bits", "group_size", "mode"):
+            if hasattr(module, name):
+                setattr(self, name, getattr(module, name))
+        self.packed = _pack(self)
+
+
+class KernelLinear(PackedModule):
     """nn.Linear or nn.QuantizedLinear through the kernels: x (..., in) → (..., out) float32."""
 
     def __init__(self, linear: nn.Module):
-        super().__init__()
-        for name in ("weight", "scales", "biases", "bias"):
-            if linear.get(name) is not None:
-                self[name] = linear[name]
-        for name in ("bits", "group_size", "mode"):
-            if hasattr(linear, name):
-                setattr(self, name, getattr(linear, name))
-        self.packed = _pack(self)
+        super().__init__(linear)
         self._function = on_host(self.compute)
         self.freeze()
 
@@ -100,7 +117,7 @@ class KernelLinear(nn.Module):
         return y + self.bias if "bias" in self else y
 
 
-class KernelRMSNorm(nn.Module):
+class KernelRMSNorm(KernelModule):
     """nn.RMSNorm on the host: x (..., hidden) → float32."""
 
     def __init__(self, norm: nn.RMSNorm):
@@ -121,19 +138,12 @@ class KernelRMSNorm(nn.Module):
         return self._function(x)
 
 
-class KernelEmbedding(nn.Module):
+class KernelEmbedding(PackedModule):
     """nn.QuantizedEmbedding with scales that stay 16-bit: rows are made float32 when they are looked up."""
 
     def __init__(self, embedding: nn.Module):
-        super().__init__()
-        for name in ("weight", "scales", "biases"):
-            if embedding.get(name) is not None:
-                self[name] = embedding[name]
-        for name in ("bits", "group_size", "mode"):
-            if hasattr(embedding, name):
-                setattr(self, name, getattr(embedding, name))
-        self._packed = _pack(self)
-        self._as_linear = on_host(lambda x: matmul(_rows(x), self._packed).reshape(*x.shape[:-1], -1))
+        super().__init__(embedding)
+        self._as_linear = on_host(lambda x: matmul(_rows(x), self.packed).reshape(*x.shape[:-1], -1))
         self.freeze()
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -161,8 +171,9 @@ class KernelSwitchGLU(nn.Module):
 
     def __init__(self, switch: nn.Module):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = switch.gate_proj, switch.up_proj, switch.down_proj
-        self._expert = Expert(_pack(switch.gate_proj), _pack(switch.up_proj), _pack(switch.down_proj))
+        self.gate_proj, self.up_proj = PackedModule(switch.gate_proj), PackedModule(switch.up_proj)
+        self.down_proj = PackedModule(switch.down_proj)
+        self._expert = Expert(self.gate_proj.packed, self.up_proj.packed, self.down_proj.packed)
         self.freeze()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -173,7 +184,7 @@ class KernelSwitchGLU(nn.Module):
         return on_host(compute)(x)
 
 
-class KernelRouter(nn.Module):
+class KernelRouter(KernelModule):
     """Chooses experts as the model's Router does, on the host: x (..., hidden) → indices, weights (..., top_k)."""
 
     def __init__(self, router: nn.Module):

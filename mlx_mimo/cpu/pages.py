@@ -1,7 +1,7 @@
 """Large pages for weights, where Linux has them.
 
-With pages of 4 KB, scattered over the memory, the processor reads ahead no further than the page's end, and weights come
-slower. MLX takes its memory from malloc, which does not ask for more.
+With pages of 4 KB, scattered over the memory, the processor reads ahead no further than the page's end, and weights
+come slower. MLX takes its memory from malloc, which does not ask for more.
 """
 
 import ctypes

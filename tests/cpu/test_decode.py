@@ -1,9 +1,12 @@
 """A layer on the host gives what the model's own code gives for few tokens, in every cache; many go the model's way."""
 
+import functools
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 pytest.importorskip("numba")
 
@@ -76,7 +79,7 @@ def test_equals_the_models_own_layers_without_a_cache(model):
 
 def test_many_tokens_go_the_models_own_way(model, monkeypatch):
     calls = []
-    monkeypatch.setattr(HostDecoderLayer, "_forward", lambda self, x, mask, cache: calls.append(len(x)) or x)
+    monkeypatch.setattr(HostDecoderLayer, "_forward", lambda self, x, *_: calls.append(len(x)) or x)
     ids = mx.zeros((1, FEW + 1), dtype=mx.int32)
     mx.eval(model(ids, model.make_cache()))
     assert not calls
@@ -88,6 +91,26 @@ def test_a_gradient_is_refused(model):
     layer = model.layers[0]
     with pytest.raises(MimoError, match="gradient"):
         mx.grad(lambda x: layer(x).sum())(mx.zeros((1, 1, model.args.hidden_size)))
+
+
+@pytest.mark.parametrize("length", [1, FEW + 1])
+def test_a_gradient_for_any_parameter_is_refused(model, length):
+    """value_and_grad puts each parameter's tracer into the model: one that the host ignored would get zeros."""
+    ids = mx.zeros((1, length), dtype=mx.int32)
+    layer = next(layer for layer in model.layers if layer.self_attn.attention_sink_bias is not None)
+    for name, value in tree_flatten(layer.parameters()):
+        *path, last = name.split(".")
+        owner = functools.reduce(lambda at, part: at[part], path, layer)
+
+        def loss(value, owner=owner, last=last):
+            owner[last] = value
+            return model(ids).sum()
+
+        try:
+            with pytest.raises(MimoError, match="gradient"):
+                mx.grad(loss)(value)
+        finally:
+            owner[last] = value
 
 
 def test_a_quantised_cache_is_refused(model):
