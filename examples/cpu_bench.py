@@ -1,8 +1,8 @@
 """Kernel speed against the machine's read bandwidth: `python examples/cpu_bench.py [--bits 4] [--threads 2]`.
 
-An expert layer's products with weights far larger than the caches, a plain sum over as many bytes in one piece, and a
-plain sum over the weights of other experts, which lie in 24 places, alternate, so that what else the machine does falls
-on all; medians and ratios are printed. No other program should run meanwhile.
+An expert layer's products with weights far larger than the caches, a plain sum over memory in one piece, a plain copy
+of it (bytes read and written), and a plain sum over the weights of other experts, which lie in 24 places, alternate,
+so that what else the machine does falls on all; medians and ratios are printed. No other program should run meanwhile.
 """
 
 import argparse
@@ -32,6 +32,12 @@ def read(x, parts):
     return totals.sum()
 
 
+@njit(parallel=True)
+def copy(out, x):
+    for i in prange(x.size):
+        out[i] = x[i]
+
+
 def random_bank(slots: int, rows: int, columns: int, bits: int, group: int, mode: str) -> Packed:
     """Random codes with scales of one: as slow to read as any other."""
     generator = np.random.default_rng(0)
@@ -45,9 +51,15 @@ def random_bank(slots: int, rows: int, columns: int, bits: int, group: int, mode
 
 
 def alternate(work, scattered, nbytes: int, big: np.ndarray, repeats: int) -> list[float]:
-    """Medians in GB/s: of `work`, which reads `nbytes`, of `scattered`, as many, and of reading `big`."""
+    """Medians in GB/s: of `work`, which reads `nbytes`, of `scattered`, as many, of reading `big`, of copying half."""
     threads = kernels.threads()
-    ways = [(work, nbytes), (scattered, nbytes), (lambda: read(big, threads), big.nbytes)]
+    half = big.size // 2
+    ways = [
+        (work, nbytes),
+        (scattered, nbytes),
+        (lambda: read(big, threads), big.nbytes),
+        (lambda: copy(big[:half], big[half:]), big.nbytes),
+    ]
     seconds = [[] for _ in ways]
     for way, _ in ways:
         way()
@@ -92,12 +104,12 @@ def main() -> None:
                     read(matrix[slot], kernels.threads())
 
         nbytes = TOP_K * sum(matrix.slot_bytes for matrix in matrices)
-        ours, apart, plain = alternate(one_token, scattered, nbytes, big, options.repeats)
+        ours, apart, plain, copied = alternate(one_token, scattered, nbytes, big, options.repeats)
         apart *= TOP_K * sum(part[0].nbytes for part in words) / nbytes  # codes only, without scales
         name = mode if mode == "mxfp4" else f"{bits} bits, groups of {group}"
         print(
             f"{name:22} expert layer, one token {ours:5.1f}   reading {plain:5.1f} ({ours / plain:.0%})   "
-            f"reading experts {apart:5.1f} ({ours / apart:.0%})"
+            f"copying {copied:5.1f} ({ours / copied:.0%})   reading experts {apart:5.1f} ({ours / apart:.0%})"
         )
 
         many = np.random.default_rng(3).normal(size=(512, HIDDEN)).astype(np.float32)
