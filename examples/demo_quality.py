@@ -1,4 +1,4 @@
-"""What each recipe costs: `python examples/demo_quality.py [--recipes 8bit,4bit,2bit] [--limit 420]`.
+"""What each recipe costs: `python examples/demo_quality.py [--recipes 8bit,4bit,2bit] [--limit N]`.
 
 Converts the embedded demo checkpoint with every recipe and prints a Markdown table: bits per weight, exact match on the
 held-out questions, and the KL divergence from the unquantised (bf16) model on the same questions and their answers.
@@ -39,18 +39,27 @@ def texts(tokenizer, items: list[dict]) -> list[list[int]]:
 def logprobs(directory: Path, items: list[dict]) -> tuple[list[np.ndarray], list[list[int]]]:
     model, tokenizer = load(directory, expert_memory="all")
     pieces, rows = texts(tokenizer, items), []
-    predictions(model, pieces, rows.append)
+    try:
+        predictions(model, pieces, rows.append)
+    finally:
+        model.residency.close()
     return rows, pieces
+
+
+def spread(items: list[dict], limit: int) -> list[dict]:
+    """`limit` of the items at equal distances, each once; all of them where there are no more."""
+    limit = min(limit, len(items))
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", default=",".join(NAMES))
-    parser.add_argument("--limit", type=int, default=420, help="questions, spread evenly over the held-out file")
+    parser.add_argument("--limit", type=int, help="questions, spread evenly over the held-out file (default: all)")
     options = parser.parse_args()
     items = [json.loads(line) for line in (DEMO / "heldout.jsonl").read_text().splitlines()]
-    items = [items[i * len(items) // options.limit] for i in range(min(options.limit, len(items)))]
-    print("| recipe | bits per expert weight | exact match | mean KL | 99 % KL | same first choice |")
+    items = spread(items, options.limit or len(items))
+    print("| recipe | bits per expert weight | exact match | mean KL | 99 % KL | top-1 agreement |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         original = Path(folder) / "original"

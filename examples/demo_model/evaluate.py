@@ -189,6 +189,8 @@ def run_mlx(model_path: str | None, items: list[dict]) -> list[str]:
     requests, texts = prompts(tokenizer, items), []
     for first in tqdm(range(0, len(requests), 30), desc="generating", file=sys.stderr):
         texts += batch_generate(model, tokenizer, requests[first : first + 30], max_tokens=MAX_TOKENS).texts
+    if model.residency:
+        model.residency.close()
     return texts
 
 
