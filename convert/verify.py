@@ -13,6 +13,7 @@ from mlx_mimo.experts.record import expert_files
 from mlx_mimo.models.config import ModelArgs
 
 from . import manifest
+from .bridge_line import without
 from .compute import Computer, find_kv_maps
 from .fp8 import dequantise
 from .journal import NAME as JOURNAL
@@ -56,9 +57,12 @@ def _manifest_problems(directory: Path, fields: dict | None) -> Iterator[str]:
         path = directory / name
         if not path.is_file():
             yield f"{name}: missing"
-        elif path.stat().st_size != wanted["bytes"]:
-            yield f"{name}: {wanted['bytes']:,} bytes expected, {path.stat().st_size:,} found; convert again"
-        elif sha256(path) != wanted["sha256"]:
+            continue
+        config = without(path.read_bytes()) if name == "config.json" else None
+        nbytes = path.stat().st_size if config is None else len(config)
+        if nbytes != wanted["bytes"]:
+            yield f"{name}: {wanted['bytes']:,} bytes expected, {nbytes:,} found; convert again"
+        elif (sha256(path) if config is None else hashlib.sha256(config).hexdigest()) != wanted["sha256"]:
             yield f"{name}: its bytes are not those that were written (sha256); convert again"
     for path in sorted(directory.glob("model*.safetensors")):
         if path.name not in fields["files"]:

@@ -1,14 +1,15 @@
 """`python -m mlx_mimo.bridge DIR on|off`: unmodified mlx-lm commands run our model and residency on a directory."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
 from .arguments import run
+from .convert.bridge_line import FILE, LINE, without
 from .errors import FormatError, UsageError
 
-FILE = "mlx_mimo_bridge.py"
 CONTENT = '''"""Written by `mlx_mimo bridge`; config.json names it as `model_file`. Settings: MLX_MIMO_* variables."""
 
 from pathlib import Path
@@ -17,8 +18,6 @@ from mlx_mimo.runtime.bridge_file import classes
 
 Model, ModelArgs = classes(Path(__file__).parent)
 '''
-# One line of its own in config.json, so that `off` gives back the very bytes.
-LINE = f'\n  "model_file": "{FILE}",'
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,23 +50,28 @@ def switch(directory: Path, on: bool) -> None:
     if Directory(directory, read_config(directory)).is_fp8:
         raise UsageError(f"{directory} is an FP8 checkpoint; convert it first with mlx_mimo convert")
     config = directory / "config.json"
-    text = config.read_text(encoding="utf-8")
     if on:
-        _replace(directory / FILE, CONTENT)
+        _replace(directory / FILE, CONTENT.encode())
         if not is_on(directory):
-            _replace(config, "{" + LINE + text.lstrip()[1:])
+            _replace(config, ("{" + LINE).encode() + config.read_bytes().lstrip()[1:])
     else:
         if is_on(directory):
-            if LINE not in text:
-                raise FormatError(f"config.json: its model_file line was edited; remove the key {FILE!r} by hand")
-            _replace(config, text.replace(LINE, "", 1))
+            before = without(config.read_bytes())
+            # mlx-lm's commands write config.json anew, in another form, into what they save.
+            _replace(config, before if "model_file" not in json.loads(before) else _without_key(before))
         (directory / FILE).unlink(missing_ok=True)
 
 
-def _replace(path: Path, text: str) -> None:
+def _without_key(config: bytes) -> bytes:
+    fields = json.loads(config)
+    del fields["model_file"]
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _replace(path: Path, data: bytes) -> None:
     """Writes a file so that nobody ever reads half of it."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(data)
     os.replace(part, path)
 
 

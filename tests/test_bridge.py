@@ -42,6 +42,13 @@ def test_off_gives_back_every_byte(tmp_path):
     assert digests(directory) == before
 
 
+def test_off_takes_the_key_out_of_a_config_that_mlx_lm_wrote_anew(tmp_path):
+    before = json.loads((converted_directory() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(before | {"model_file": bridge.FILE}, indent=4, sort_keys=True))
+    bridge.switch(tmp_path, False)
+    assert json.loads((tmp_path / "config.json").read_text()) == before
+
+
 def test_refuses_a_directory_whose_model_file_is_not_ours(tmp_path):
     (tmp_path / "config.json").write_text('{"model_file": "other.py"}')
     with pytest.raises(FormatError, match=r"other\.py"):
@@ -140,7 +147,7 @@ def test_training_refuses_experts_that_do_not_fit(bridged, monkeypatch):
     model = bridged(EXPERT_MEMORY="120KB")
     tokens = mx.array([[5, 6, 7, 8]])
     before = model(tokens)
-    monkeypatch.setattr(bridge_file, "available_memory", lambda working_set: 1000)
+    monkeypatch.setattr(bridge_file, "available_memory", lambda working_set, held: 1000)
     with pytest.raises(MimoError, match="needs all experts in memory"):
         model.train()
     assert mx.array_equal(before, model(tokens)), "the refusal left the model as it was"

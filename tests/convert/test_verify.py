@@ -7,6 +7,7 @@ import pytest
 from converted import converted_directory, fp8_directory
 from damage import copy, edit, edit_json
 
+from mlx_mimo import bridge
 from mlx_mimo.convert import convert_checkpoint
 from mlx_mimo.convert.__main__ import main
 from mlx_mimo.convert.inspect import describe
@@ -31,6 +32,15 @@ def test_one_changed_bit_is_found(directory, capsys):
     path.write_bytes(data)
     assert main(["verify", str(directory)]) == 1
     assert "model-experts-2.safetensors: its bytes are not those" in capsys.readouterr().out
+
+
+def test_the_bridge_is_no_damage_and_hides_none(directory):
+    bridge.switch(directory, True)
+    assert verify(directory) == []
+    config = directory / "config.json"
+    whole = (converted_directory() / "config.json").stat().st_size
+    config.write_bytes(config.read_bytes().replace(b"}", b" }", 1))
+    assert verify(directory) == [f"config.json: {whole:,} bytes expected, {whole + 1:,} found; convert again"]
 
 
 def test_missing_and_short_files(directory):
