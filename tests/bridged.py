@@ -65,9 +65,13 @@ def mlx_lm(
     cwd: Path | None = None,
     source: Path | None = None,
     without: tuple[str, ...] = (),
+    saved: Path | None = None,
 ) -> subprocess.CompletedProcess:
-    """`mlx_lm COMMAND --model …` as a process, `without` some of `model_flags`."""
+    """`mlx_lm COMMAND --model …` as a process, `without` some of `model_flags`. The model is `source` with or without
+    the bridge, or the directory `saved` as it is."""
     model = [flag for flag in model_flags(kind, source) if flag not in without]
+    if saved is not None:
+        model[1] = str(saved)
     return subprocess.run(
         [sys.executable, "-m", "mlx_lm", command, *model, *map(str, arguments)],
         input=stdin,

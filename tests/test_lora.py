@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from bridged import STREAMED, bridged_directory, generated, mlx_lm, succeeded
+from bridged import KINDS, STREAMED, bridged_directory, generated, mlx_lm, succeeded
 from converted import converted_directory, demo_directory
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import default_loss
@@ -18,8 +18,10 @@ from mlx_lm.utils import load_model
 from serving import running_server
 from test_generate import mimo
 
-from mlx_mimo import load
+from mlx_mimo import bridge, load
 from mlx_mimo.errors import FormatError, MimoError, UsageError
+from mlx_mimo.experts.header import read_header
+from mlx_mimo.runtime import bridge_file
 
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 LORA = {"rank": 4, "scale": 20.0, "dropout": 0.0}
@@ -190,21 +192,65 @@ def test_the_server_takes_an_adapter_with_residency_on(trained):
     assert texts[0] != texts[1]
 
 
-def test_a_fused_adapter_streams_after_repack(trained, tmp_path):
-    fused = tmp_path / "fused"
-    succeeded(mlx_lm("stock", "fuse", "--adapter-path", trained[0], "--save-path", fused))
-    succeeded(mimo("repack", fused, "--in-place", command="convert"))
-    ours, _ = load(fused, expert_memory="120KB")
-    adapted, _ = load(converted_directory(), expert_memory="all", adapter_path=trained[0])
+def fused_error(fused: nn.Module, trained: Path) -> tuple[float, float]:
+    """How far a fused model's logits are from base and adapter, and how far the adapter took those from the base."""
+    adapted, _ = load(converted_directory(), expert_memory="all", adapter_path=trained)
     plain, _ = load(converted_directory(), expert_memory="all")
     tokens = mx.random.randint(0, 256, (1, 12), key=mx.random.key(0))
-    logits = ours(tokens)
-    assert not ours.residency.all_resident
-    # Fusing rounds the sum of weight and adapter to the weight's bits again.
-    error, effect = mx.abs(logits - adapted(tokens)).mean().item(), mx.abs(logits - plain(tokens)).mean().item()
-    assert error < effect / 3
-    for model in (ours, adapted, plain):
+    wanted = adapted(tokens)
+    error, effect = mx.abs(fused(tokens) - wanted).mean().item(), mx.abs(wanted - plain(tokens)).mean().item()
+    for model in (adapted, plain):
         model.residency.close()
+    return error, effect
+
+
+def types(directory: Path) -> dict:
+    return {
+        entry.name: (entry.dtype, entry.shape)
+        for file in directory.glob("model*.safetensors")
+        for entry in read_header(file).tensors.values()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fused_adapter_streams_after_repack(kind, trained, tmp_path):
+    fused = tmp_path / "fused"
+    succeeded(mlx_lm(kind, "fuse", "--adapter-path", trained[0], "--save-path", fused))
+    if kind == "bridged":
+        bridge.switch(fused, False)
+    succeeded(mimo("repack", fused, "--in-place", command="convert"))
+    ours, _ = load(fused, expert_memory="120KB")
+    error, effect = fused_error(ours, trained[0])
+    assert not ours.residency.all_resident
+    assert error < effect / 3  # fusing rounds the sum of weight and adapter to the weight's bits again
+    ours.residency.close()
+
+
+@pytest.mark.parametrize("flags", [(), ("--dequantize",)])
+def test_fuse_through_the_bridge_saves_what_fuse_without_it_saves(flags, trained, tmp_path):
+    for kind in KINDS:
+        succeeded(mlx_lm(kind, "fuse", "--adapter-path", trained[0], "--save-path", tmp_path / kind, *flags))
+    assert types(tmp_path / "bridged") == types(tmp_path / "stock")
+    assert any(".switch_mlp." in name for name in types(tmp_path / "bridged"))
+    # As a bridged directory, as one of ours, and after `off` as mlx-lm's own.
+    settings = {"MLX_MIMO_EXPERT_MEMORY": "all"}
+    said = generated(mlx_lm("bridged", "generate", *PROMPT, settings=settings, saved=tmp_path / "bridged"))
+    assert json.loads(succeeded(mimo("--model", tmp_path / "bridged", *PROMPT, "--json")))["text"] == said.strip("\n")
+    bridge.switch(tmp_path / "bridged", False)
+    theirs, _ = load_model(tmp_path / "bridged")
+    error, effect = fused_error(float32(theirs), trained[0])
+    assert error < effect / 3
+
+
+def test_fuse_refuses_experts_that_do_not_fit(monkeypatch):
+    for name, value in STREAMED.items():
+        monkeypatch.setenv(name, value)
+    model, _ = load_model(bridged_directory(), trust_remote_code=True)
+    mx.enable_compile()
+    monkeypatch.setattr(bridge_file, "available_memory", lambda working_set: 1000)
+    with pytest.raises(MimoError, match=r"mlx_lm\.fuse needs all experts in memory"):
+        [module.fuse() for _, module in model.named_modules() if hasattr(module, "fuse")]
+    model._end_residency()
 
 
 def on_experts(directory: Path, keys: list[str] | None) -> Path:

@@ -9,21 +9,23 @@ import atexit
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..errors import MimoError, UsageError
+from ..experts.banks import slot_bytes
 from ..experts.record import PROJECTIONS, ExpertFile, expert_files
 from ..experts.residency import attach
 from ..models.config import ModelArgs
 from ..models.mimo_v2_flash import Model
 from .budget import available_memory, parse_size
-from .load import ExpertsElsewhere, TrunkModel, cache_limit, expert_limit, on_cpu
+from .load import ExpertsElsewhere, TrunkModel, cache_limit, expert_limit, on_cpu, working_set
 from .source import Directory, read_config
 
 PREFIX = "MLX_MIMO_"
@@ -153,6 +155,28 @@ class _Bridged:
             self.update(tree_map(_float32, self.parameters()))
         mx.eval(self.parameters())
 
+    def update_modules(self, modules: dict, strict: bool = True) -> nn.Module:
+        """mlx_lm.fuse hands in what its adapters became, and then saves the model: as its directory stores it."""
+        super().update_modules(modules, strict)
+        if self._ready and not any(hasattr(module, "fuse") for _, module in self.named_modules()):
+            self._fused()
+        return self
+
+    def _fused(self) -> None:
+        """Weights that were widened for a CPU get the types back in which they are stored."""
+        stored = {}
+        for file in self._directory.glob("model*.safetensors"):
+            if not file.name.startswith("model-experts-"):
+                stored |= {name: value.dtype for name, value in mx.load(str(file)).items()}
+        narrowed = []
+        for name, value in tree_flatten(self.parameters()):
+            kind = stored.get(name, mx.float32)
+            if kind == mx.uint32:  # and no longer: --dequantize
+                kind = stored[name.removesuffix(".weight") + ".scales"]
+            if value.dtype == mx.float32 and kind in (mx.bfloat16, mx.float16):
+                narrowed.append((name, value.astype(kind)))
+        self.update(tree_unflatten(narrowed))
+
 
 class _Whole(_Bridged, Model):
     """Our model of a directory with stacked experts, everything in memory."""
@@ -175,18 +199,21 @@ class _WithResidency(_Bridged, TrunkModel):
     def _prepare(self) -> None:
         super()._prepare()
         settings = self._settings
-        directory = Directory(self._directory, read_config(self._directory))
+        directory, memory = Directory(self._directory, read_config(self._directory)), settings.expert_memory
+        found = expert_limit(directory, self.args, memory, kernels=False)
         self.residency = attach(
             self,
             self._directory,
-            expert_memory_bytes=expert_limit(directory, self.args, settings.expert_memory),
+            expert_memory_bytes=None if memory == "all" else found.expert_bytes,
             policy=settings.expert_policy,
             reader_threads=settings.reader_threads,
             lookahead=settings.lookahead,
         )
-        for layer in self.args.moe_layers:
+        for layer, file in expert_files(self._directory).items():
+            experts = self.layers[layer].mlp.switch_mlp
             for projection in PROJECTIONS:
-                self.layers[layer].mlp.switch_mlp[projection] = ExpertsKeptOutsideTheModel()
+                experts[projection] = ExpertsKeptOutsideTheModel()
+            experts.fuse = partial(self._fuse, layer, file)
         self.synchronous = on_cpu() or not self.residency.all_resident
         if settings.trace is not None:
             self.residency.trace_to(settings.trace)
@@ -209,30 +236,46 @@ class _WithResidency(_Bridged, TrunkModel):
         wrong or zero. Residency ends here; evaluations between training steps use the whole experts too.
         """
         if mode and self.residency is not None:
-            self._want_memory()
+            self._want_memory("training")
             self._end_residency()
             for layer in self.args.moe_layers:
                 self.layers[layer].mlp.switch_mlp = ExpertsElsewhere()  # frees the slots before anything is read
             mx.clear_cache()
             for layer, file in expert_files(self._directory).items():
-                self.layers[layer].mlp.switch_mlp = self._whole_experts(layer, file)
+                whole = self._whole_experts(layer, file)
+                if on_cpu():
+                    whole.update(tree_map(_float32, whole.parameters()))
+                mx.eval(whole.parameters())
+                self.layers[layer].mlp.switch_mlp = whole
             self.synchronous = on_cpu()
         return super().train(mode)
 
-    def _want_memory(self) -> None:
+    def _fuse(self, layer: int, file: ExpertFile, dequantize: bool = False) -> nn.Module:
+        """What mlx_lm.fuse is to save of a layer's experts: all of them, read when they are written."""
+        self._want_memory("mlx_lm.fuse")
+        return self._whole_experts(layer, file)  # dequantised by mlx-lm itself, which does so for every module
+
+    def _fused(self) -> None:
+        self._end_residency()
+        super()._fused()
+
+    def _want_memory(self, what: str) -> None:
         """Raises MimoError where the experts do not fit into what is free and what the slots take now."""
         held = self.residency.counters
-        working_set = None if on_cpu() else mx.device_info().get("max_recommended_working_set_size")
-        free = available_memory(working_set) + held.slots * held.slot_bytes
-        needed = sum(file.num_experts * file.layout.nbytes for file in expert_files(self._directory).values())
+        trunk = sum(value.nbytes for _, value in tree_flatten(self.parameters()))
+        # Metal's limit is one for all that a process keeps, so what is here already counts on both sides.
+        free = available_memory(working_set(), trunk + held.slots * held.slot_bytes) - trunk
+        # Whole experts are MLX's own modules, which a CPU computes in float32.
+        files = expert_files(self._directory).values()
+        needed = sum(file.num_experts * slot_bytes(file.layout, widen=on_cpu()) for file in files)
         if needed > free:
             raise MimoError(
-                f"training needs all experts in memory, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-                "train on a larger machine, or on a checkpoint of fewer bits"
+                f"{what} needs all experts in memory, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+                "take a larger machine, or a checkpoint of fewer bits"
             )
 
     def _whole_experts(self, layer: int, file: ExpertFile) -> nn.Module:
-        """mlx-lm's module of one layer's experts, quantised as they are stored, without parameters to train."""
+        """mlx-lm's module of one layer's experts as they are stored, unread yet, without parameters to train."""
         args, quantization = self.args, read_config(self._directory)["quantization"]
         prefix = f"model.layers.{layer}.mlp.switch_mlp."
         default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
@@ -247,9 +290,6 @@ class _WithResidency(_Bridged, TrunkModel):
         nn.quantize(module, **default, class_predicate=as_stored)
         module.load_weights([(name.removeprefix(prefix), value) for name, value in stacked.items()])
         module.freeze()
-        if on_cpu():
-            module.update(tree_map(_float32, module.parameters()))
-        mx.eval(module.parameters())
         return module
 
 
