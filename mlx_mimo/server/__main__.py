@@ -43,7 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--body-seconds", type=non_negative_float, default=60.0, metavar="S", help="to send it in")
     parser.add_argument("--decode-concurrency", type=positive_int, default=32, help="when every expert is resident")
     parser.add_argument("--prompt-concurrency", type=positive_int, default=8, help="when every expert is resident")
-    parser.add_argument("--prefill-step-size", type=positive_int, default=2048, help="tokens a chunk (default: 2048)")
+    parser.add_argument(
+        "--prefill-step-size",
+        type=positive_int,
+        metavar="N",
+        help="prompt tokens a chunk (default: what fits, 2048 as a rule)",
+    )
     parser.add_argument("--prompt-cache-size", type=positive_int, default=10, metavar="N", help="KV caches kept")
     parser.add_argument("--prompt-cache-bytes", type=_size, metavar="SIZE", help="memory for them (default: no limit)")
     parser.add_argument(

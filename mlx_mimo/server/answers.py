@@ -1,5 +1,6 @@
 """OpenAI's form of answers: whole or streamed, one choice or several."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -39,21 +40,23 @@ class Answers(JsonHandler, APIHandler):
     def begin_stream(self) -> None:
         self.begin("text/event-stream", 200, {"Cache-Control": "no-cache"})
 
+    @contextlib.contextmanager
     def generation(
         self, request: CompletionRequest, arguments: Arguments, stop: list[str], choice: ToolChoice, index: int = 0
-    ) -> Generation:
-        """Begun; whoever asks for it holds a place, and stops its context in the end."""
+    ) -> Iterator[Generation]:
+        """Begun, and stopped when it is left; whoever asks for it holds a place."""
         began = time.perf_counter()
         metrics = self.site.metrics
         if index:
             seed = None if arguments.seed is None else (arguments.seed + index) % 2**63
             arguments = replace(arguments, seed=seed)
-        context, responses = self.site.worker.generate(request, arguments, self._progress, self.connected)
-        metrics.prompt_tokens.inc(len(context.prompt))
-        metrics.cached_tokens.inc(max(0, context.prompt_cache_count))
-        timed = metrics.timed(responses, began)
-        parts = deltas(context, timed, stop, choice, request.request_type == "chat")
-        return Generation(index, context, parts, arguments)
+        begun = self.site.worker.generate(request, arguments, self._progress, self.connected)
+        with begun as (context, responses):
+            metrics.prompt_tokens.inc(len(context.prompt))
+            metrics.cached_tokens.inc(max(0, context.prompt_cache_count))
+            timed = metrics.timed(responses, began)
+            parts = deltas(context, timed, stop, choice, request.request_type == "chat")
+            yield Generation(index, context, parts, arguments)
 
     def _progress(self, done: int, total: int) -> None:
         """Shows a streaming client, and whatever is between, that its prompt is being read."""
@@ -69,10 +72,9 @@ class Answers(JsonHandler, APIHandler):
         choices, tokens = [], 0
         with self.site.worker.place():
             for index in range(values.get("n", 1)):
-                generation = self.generation(request, arguments, values.get("stop", []), choice, index)
-                if index == 0:
-                    counts = generation.prompt_tokens, generation.cached_tokens
-                try:
+                with self.generation(request, arguments, values.get("stop", []), choice, index) as generation:
+                    if index == 0:
+                        counts = generation.prompt_tokens, generation.cached_tokens
                     if self.stream:
                         if index == 0:
                             self.begin_stream()
@@ -81,8 +83,6 @@ class Answers(JsonHandler, APIHandler):
                         count, body = self._whole(generation)
                         tokens += count
                         choices.append(body)
-                finally:
-                    generation.context.stop()
             usage = self.completion_usage_response(counts[0], tokens, counts[1])
             if not self.stream:
                 self.send_json(usage | {"object": self.object_type, "choices": choices})

@@ -104,15 +104,22 @@ def deltas(
 
 def _close_call(delta: Delta, context: GenerationContext, text: str, choice: ToolChoice, end: str) -> None:
     """Turns the text between the markers into calls; what is none stays visible as content, with the `end` it had."""
-    calls = None
-    if choice.tools:
-        try:
-            calls = context.tool_parser(text, choice.tools)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            calls = None
+    calls = _calls(context, text, choice.tools) if choice.tools else None
     if calls is None:
         delta.content += f"<tool_call>{text}{end}"
-        return
-    for call in calls if isinstance(calls, list) else [calls]:
-        arguments = json.dumps(call["arguments"], ensure_ascii=False)
-        delta.tool_calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "name": call["name"], "arguments": arguments})
+    else:
+        delta.tool_calls += calls
+
+
+def _calls(context: GenerationContext, text: str, tools: list[dict]) -> list[dict] | None:
+    """None where the text is no call, or one whose arguments JSON cannot hold."""
+    try:
+        parsed = context.tool_parser(text, tools)
+        return [_call(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SyntaxError, MemoryError):
+        return None  # whatever a parser stumbles over: the model may write anything at all
+
+
+def _call(call: dict) -> dict:
+    arguments = json.dumps(call["arguments"], ensure_ascii=False, allow_nan=False)
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "name": call["name"], "arguments": arguments}

@@ -1,5 +1,6 @@
 """One HTTP connection: deadlines, limits, and errors that are JSON whatever happens. Knows nothing of models."""
 
+import contextlib
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from .body import parse
 from .errors import RequestError
 
 HEAD_SECONDS = 20.0  # from the connection to the end of its headers
@@ -17,6 +19,10 @@ WRITE_SECONDS = 60.0  # a client that reads nothing for so long has gone
 MOST_HEAD_BYTES = 64 * 1024
 LINGER_SECONDS = 2.0  # without a byte from a client that has its answer and does not hang up
 MOST_LINGER_SECONDS = 20.0  # for one that goes on sending
+
+
+class TooSlow(Exception):
+    """What was to be read did not come in time. No TimeoutError: the base class takes those for itself, in silence."""
 
 
 class DeadlineSocket(io.RawIOBase):
@@ -33,12 +39,14 @@ class DeadlineSocket(io.RawIOBase):
     def readinto(self, buffer) -> int:
         remaining = self.deadline - time.monotonic()
         if remaining <= 0:
-            raise TimeoutError("the request came too slowly")
+            raise TooSlow
         if self.allowance <= 0:
             raise OverflowError("the request's head is too long")
         self.connection.settimeout(remaining)
         try:
             count = self.connection.recv_into(buffer)
+        except TimeoutError:
+            raise TooSlow from None
         finally:
             self.connection.settimeout(WRITE_SECONDS)
         self.allowance -= count
@@ -83,6 +91,9 @@ class JsonHandler(BaseHTTPRequestHandler):
         except OverflowError as error:
             self.close_connection = True
             self.send_failure(RequestError(431, str(error)))
+        except TooSlow:
+            self.close_connection = True
+            self.send_failure(RequestError(408, f"the request's head did not arrive within {HEAD_SECONDS:g} s"))
         except (ConnectionError, TimeoutError):
             self.close_connection = True  # gone, or as good as gone
 
@@ -136,27 +147,19 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.source.allowance = self.most_body_bytes + MOST_HEAD_BYTES
         try:
             raw = self.rfile.read(length)
-        except TimeoutError:
+        except TooSlow:
             raise RequestError(408, f"the body did not arrive within {self.body_seconds:g} s") from None
         if len(raw) < length:
             raise RequestError(400, f"the body ended after {len(raw):,} of {length:,} bytes")
-        try:
-            body = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise RequestError(400, f"the body is not UTF-8 (byte {error.start})") from None
-        except RecursionError:
-            raise RequestError(400, "the body is nested too deeply") from None
-        except ValueError as error:
-            raise RequestError(400, f"the body is not JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise RequestError(400, "the body is not a JSON object")
-        return body
+        return parse(raw)
 
     def connected(self) -> bool:
         """Whether the client is still there, as far as its socket tells."""
         try:
-            readable, _, _ = select.select([self.connection], [], [], 0)
-            return not readable or bool(self.connection.recv(1, socket.MSG_PEEK))
+            ready = select.poll()
+            ready.register(self.connection, select.POLLIN)
+            # What comes after a request is not read by anyone, and would hide the end that comes after it.
+            return not ready.poll(0) or bool(self.connection.recv(65536))
         except (OSError, ValueError):
             return False
 
@@ -178,7 +181,11 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request, client_address) -> None:
         if self._room.acquire(blocking=False):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:  # the system has no thread left
+                self._room.release()
+                raise
             return
         body = RequestError(503, "too many connections").body()
         head = "HTTP/1.0 503 Busy\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
@@ -186,7 +193,8 @@ class Server(ThreadingHTTPServer):
         try:
             request.settimeout(1)
             request.sendall(head.encode() + body)
-            if select.select([request], [], [], 0)[0]:
+            request.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
                 request.recv(65536)  # what has come already: see JsonHandler.linger, for which there is no time here
         except OSError:
             logging.info("%s: gone before it could be turned away", client_address[0])

@@ -1,7 +1,6 @@
 """The fields of a request: each is honoured, or refused by its name. None is silently dropped."""
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +35,7 @@ def integer(least: int, most: int) -> Check:
 def number(least: float, most: float) -> Check:
     def check(name: str, value: Any) -> float:
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or not least <= value <= most:
+        if not good or not least <= value <= most:  # nor is NaN between them
             raise refuse(name, f"a number of {least:g} to {most:g} expected, {_found(value)} found")
         return float(value)
 

@@ -71,15 +71,25 @@ class Handler(Answers):
         self._guarded(lambda: self.begin("application/json", 204, {"Content-Length": "0"}), with_key=False)
 
     def _route(self, routes: dict) -> None:
-        path = urlsplit(self.path).path
+        path = self._path
         action = routes.get(path)
         if action is None:
             self._guarded(self._unknown, endpoint="unknown")
         else:
             self._guarded(action, with_key=path != "/health", endpoint=path)
 
+    @property
+    def _path(self) -> str:
+        """The request's, without its query; empty where it is none."""
+        try:
+            return urlsplit(self.path).path
+        except ValueError:
+            return ""
+
     def _unknown(self) -> None:
-        raise RequestError(404, f"{self.command} {urlsplit(self.path).path[:200]}: there is no such endpoint")
+        if not self._path:
+            raise RequestError(400, f"{self.path[:200]!r}: not a path")
+        raise RequestError(404, f"{self.command} {self._path[:200]}: there is no such endpoint")
 
     def _guarded(self, action, with_key: bool = True, endpoint: str = "") -> None:
         """Runs an action once the client may ask for it; whatever it raises becomes an answer."""
@@ -97,6 +107,8 @@ class Handler(Answers):
             self._status = 499
             self.close_connection = True
             self.site.metrics.disconnects.inc()
+        except RecursionError:
+            self._fail(RequestError(400, "the request is nested too deeply"))
         except Exception as error:
             logging.exception("a request failed")
             self._fail(RequestError(500, f"this request failed: {type(error).__name__}: {error}"))
@@ -108,7 +120,7 @@ class Handler(Answers):
         self._status = error.status
         self.close_connection = True
         headers = error.headers
-        if error.status == 401 and urlsplit(self.path).path.startswith("/residency"):
+        if error.status == 401 and self._path.startswith("/residency"):
             headers = {"WWW-Authenticate": 'Basic realm="the API key as password"'}
         try:
             if self.answered:  # amid a stream
@@ -122,7 +134,7 @@ class Handler(Answers):
 
     @property
     def _is_anthropic(self) -> bool:
-        return urlsplit(self.path).path in ("/v1/messages", "/v1/messages/count_tokens")
+        return self._path in ("/v1/messages", "/v1/messages/count_tokens")
 
     def _error_body(self, error: RequestError) -> bytes:
         return anthropic.error_body(error) if self._is_anthropic else error.body()
@@ -161,7 +173,7 @@ class Handler(Answers):
         """A snapshot a second, until the page is closed or the server stops."""
         self.begin_stream()
         worker = self.site.worker
-        while self.connected() and not worker.draining:
+        while self.command != "HEAD" and self.connected() and not worker.draining:
             state = residency_page.snapshot(worker)
             self.event(state | {"tokens": self.site.metrics.tokens._value.get()})
             wait_until(lambda: worker.draining, residency_page.SECONDS)
@@ -193,19 +205,16 @@ class Handler(Answers):
         request, choice = self._chat(values)
         arguments = self._arguments(values, False, 0)
         arguments.grammar = self._grammar(None, choice, arguments)
-        with self.site.worker.place():
-            generation = self.generation(request, arguments, values.get("stop", []), choice)
+        stop = values.get("stop", [])
+        with self.site.worker.place(), self.generation(request, arguments, stop, choice) as generation:
             counts = generation.prompt_tokens, generation.cached_tokens
             message = anthropic.empty_message(self.requested_model, anthropic.usage(*counts, 0))
-            try:
-                if not self.stream:
-                    self.send_json(anthropic.whole(generation.deltas, message, *counts))
-                    return
-                self.begin_stream()
-                for event in anthropic.events(generation.deltas, message, *counts):
-                    self.event(event, event["type"])
-            finally:
-                generation.context.stop()
+            if not self.stream:
+                self.send_json(anthropic.whole(generation.deltas, message, *counts))
+                return
+            self.begin_stream()
+            for event in anthropic.events(generation.deltas, message, *counts):
+                self.event(event, event["type"])
 
     def post_count(self) -> None:
         """How long the prompt of a message would be; nothing is generated."""

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from .body import check_unicode
 from .fields import refuse, text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -75,6 +76,7 @@ def _call(where: str, call: Any) -> dict:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
             raise refuse(f"{where}.function.arguments", "not JSON") from None
+        check_unicode(arguments, f"{where}.function.arguments")
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):

@@ -22,6 +22,7 @@ from mlx_lm.server import (
     GenerationContext,
     Response,
     ResponseGenerator,
+    TimeBudget,
     _format_top_logprobs,
     _make_logits_processors,
     _make_sampler,
@@ -45,11 +46,29 @@ class Arguments(GenerationArguments):
     grammar: Grammar | None = None
 
 
+class Steps(TimeBudget):
+    """For how long mlx-lm's batched loop goes on without looking around: until a sequence of the batch has to leave,
+    half a second at most.
+    """
+
+    over = False
+
+    def __iter__(self) -> "Steps":
+        self.over = False
+        return super().__iter__()
+
+    def __next__(self) -> None:
+        if self.over:
+            raise StopIteration
+        return super().__next__()
+
+
 class Reply(Queue):
     """What the generation thread answers one request with. Once cancelled it makes that thread stop."""
 
-    def __init__(self):
+    def __init__(self, steps: Steps):
         super().__init__()
+        self.steps = steps
         self.cancelled = False
         self.raises = False  # may the thread's own loop see an exception from `put`?
         self.context: GenerationContext | None = None
@@ -59,6 +78,7 @@ class Reply(Queue):
             self.context = item
         if self.cancelled:
             self._stop_context()
+            self.steps.over = True  # the loop sees the context right after this, and acts after its last step
             if self.raises and isinstance(item, tuple):
                 raise Disconnected
         super().put(item, *args)
@@ -88,6 +108,7 @@ class Worker(ResponseGenerator):
         self._own_tokenizer = None  # for `count`, made when it is first asked
         self._actions: Queue[tuple[Callable[[], Any], Future]] = Queue()
         super().__init__(provider, prompt_cache)
+        self._time_budget = Steps()
 
     # For other threads
 
@@ -137,44 +158,42 @@ class Worker(ResponseGenerator):
             with self._lock:
                 self._places -= 1
 
+    @contextlib.contextmanager
     def generate(
         self,
         request: CompletionRequest,
         generation_args: Arguments,
         progress_callback: Callable[[int, int], None] | None = None,
         connected: Callable[[], bool] = lambda: True,
-    ) -> tuple[GenerationContext, Iterator[Response]]:
-        """As mlx-lm's, within a `place`; raises RequestError and Disconnected."""
-        reply = Reply()
+    ) -> Iterator[tuple[GenerationContext, Iterator[Response]]]:
+        """As mlx-lm's, within a `place`: it stops when it is left. Raises RequestError and Disconnected."""
+        reply = Reply(self._time_budget)
         with self._lock:
+            if self._cancelled:
+                reply.cancel()
             self._replies.add(reply)
-        if self._cancelled:
-            reply.cancel()
-        self.requests.put((reply, request, generation_args))
+            self.requests.put((reply, request, generation_args))
         try:
             context = self._await(reply, connected)
             if isinstance(context, BaseException):
                 raise context
-        except BaseException:
+            yield context, self._responses(reply, progress_callback, connected)
+        finally:
             self._done(reply)
-            raise
 
-        def responses() -> Iterator[Response]:
-            try:
-                while (item := self._await(reply, connected)) is not None:
-                    if isinstance(item, BaseException):
-                        raise item
-                    if isinstance(item, tuple):
-                        if progress_callback is not None:
-                            progress_callback(*item)
-                    else:
-                        yield item
-                if reply.cancelled:
-                    raise RequestError(503, "the server is shutting down", retry_after_seconds=RETRY_SECONDS)
-            finally:
-                self._done(reply)
-
-        return context, responses()
+    def _responses(
+        self, reply: Reply, progress_callback: Callable[[int, int], None] | None, connected: Callable[[], bool]
+    ) -> Iterator[Response]:
+        while (item := self._await(reply, connected)) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, tuple):
+                if progress_callback is not None:
+                    progress_callback(*item)
+            else:
+                yield item
+        if reply.cancelled:
+            raise RequestError(503, "the server is shutting down", retry_after_seconds=RETRY_SECONDS)
 
     def ask(self, action: Callable[[], Any]) -> Future:
         """Has the generation thread, to which model and caches belong, do something between requests."""
@@ -191,9 +210,15 @@ class Worker(ResponseGenerator):
             return len(self._encode(self._own_tokenizer, request, args)[0])
 
     def _done(self, reply: Reply) -> None:
+        """Forgets a reply, and its request where the thread has not come to it: a body can be large."""
         reply.cancel()
-        with self._lock:
+        with self._lock, self.requests.mutex:
             self._replies.discard(reply)
+            waiting = self.requests.queue
+            for place, item in enumerate(waiting):
+                if item[0] is reply:
+                    del waiting[place]
+                    break
 
     def _await(self, reply: Reply, connected: Callable[[], bool]):
         while True:
@@ -225,8 +250,8 @@ class Worker(ResponseGenerator):
 
     def _fail_running(self, error: Exception) -> None:
         """Tells every request that the thread has taken; those in the queue are still to come."""
-        waiting = {id(item[0]) for item in list(self.requests.queue)}
-        with self._lock:
+        with self._lock, self.requests.mutex:
+            waiting = {id(item[0]) for item in self.requests.queue}
             running = [reply for reply in self._replies if id(reply) not in waiting]
         for reply in running:
             reply.put(error)
@@ -259,13 +284,17 @@ class Worker(ResponseGenerator):
         return found
 
     def _encode(self, tokenizer, request: CompletionRequest, args: Arguments):
-        if request.request_type == "text" and not isinstance(request.prompt, str):
+        if request.request_type == "text":
+            if isinstance(request.prompt, str):
+                return super()._tokenize(tokenizer, request, args)
             return request.prompt, [request.prompt], ["assistant"], "normal", None
         try:
             return super()._tokenize(tokenizer, request, args)
-        except jinja2.TemplateError as error:
-            message = f"messages: the model's chat template refuses them: {error}"
-            raise RequestError(400, message, param="messages") from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            # A template is a program: what it cannot compute with is the request's doing.
+            logging.info("the chat template failed", exc_info=True)
+            message = f"messages: the model's chat template refuses them: {type(error).__name__}: {error}"
+            raise RequestError(400, message[:1000], param="messages") from error
 
     def _check_length(self, prompt_tokens: int, args: Arguments) -> None:
         context = self.model_provider.model.args.max_position_embeddings

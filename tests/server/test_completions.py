@@ -1,9 +1,14 @@
 """OpenAI's API through its own client."""
 
 import json
+from types import SimpleNamespace
 
 import openai
 import pytest
+from mlx_lm.tool_parsers.qwen3_coder import parse_tool_call
+
+from mlx_mimo.server.completion import Delta, _close_call
+from mlx_mimo.server.tool_choice import ToolChoice
 
 USER = [{"role": "user", "content": "hello"}]
 WEATHER = {
@@ -127,6 +132,27 @@ def test_a_call_that_is_none_stays_visible(client, script):
     answer = chat(client, tools=[WEATHER], max_tokens=100).choices[0]
     assert answer.message.content == "<tool_call>nonsense</tool_call>"
     assert answer.finish_reason == "stop"
+
+
+ODD = {
+    "set": ("object", "{1, 2}"),
+    "infinite": ("integer", "inf"),
+    "not a number": ("object", '{"a": NaN}'),
+    "deep": ("object", "[" * 3000),
+    "bytes": ("object", "b'x'"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_call_whose_arguments_json_cannot_hold_stays_visible(name):
+    kind, value = ODD[name]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": kind}}}}}]
+    delta = Delta()
+    context = SimpleNamespace(tool_parser=parse_tool_call)
+    text = f"<function=f><parameter=a>{value}</parameter></function>"
+    _close_call(delta, context, text, ToolChoice(tools), "</tool_call>")
+    assert delta.tool_calls == []
+    assert delta.content == f"<tool_call>{text}</tool_call>"
 
 
 def test_the_answers_of_tools_reach_the_prompt(client):

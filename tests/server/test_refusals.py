@@ -59,8 +59,8 @@ def refused(response: requests.Response, status: int) -> dict:
 
 
 FIELDS = {
-    "temperature": [-1, 3, "hot", True, 1e400],
-    "top_p": [-0.1, 1.1, [], {}],
+    "temperature": [-1, 3, "hot", True, 1e400, float("nan"), 10**400, -(10**400)],
+    "top_p": [-0.1, 1.1, [], {}, 10**400],
     "top_k": [-1, 1.5, 10**30],
     "min_p": [2],
     "max_tokens": [0, -1, 10**12, 1.5, "5"],
@@ -72,7 +72,7 @@ FIELDS = {
     "seed": [-1, 1.5, 10**40],
     "logprobs": [3],
     "top_logprobs": [21, 5],  # 5: without logprobs
-    "logit_bias": [{"a": 1}, {"5": 1000}, {"100000": 1}, [1]],
+    "logit_bias": [{"a": 1}, {"5": 1000}, {"5": 10**400}, {"100000": 1}, [1]],
     "presence_penalty": [9],
     "frequency_penalty": ["x"],
     "repetition_penalty": [-1],
@@ -108,6 +108,55 @@ def test_messages_must_be_text(server):
     assert error["param"] == "messages[0].content[0]"
     half = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
     assert refused(post(server, half), 400)["param"] == "messages[0].content"
+
+
+HALF = "\ud800"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
+
+
+def called(arguments) -> dict:
+    return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [TOOL | {"function": {"name": "f", "description": HALF}}]}, "tools[0].function.description"),
+        (
+            {"tools": [TOOL | {"function": {"name": "f", "parameters": {"properties": {HALF: {}}}}}]},
+            "tools[0].function.parameters.properties",
+        ),
+        ({"chat_template_kwargs": {"enable_thinking": HALF}}, "chat_template_kwargs.enable_thinking"),
+        (
+            {"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [called({"a": HALF})]}]},
+            "messages[1].tool_calls[0].function.arguments.a",
+        ),
+        (
+            {"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [called(json.dumps({"a": HALF}))]}]},
+            "messages[1].tool_calls[0].function.arguments.a",
+        ),
+        ({"stop": [HALF]}, "stop[0]"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_wherever_it_is(server, fields, param):
+    error = refused(post(server, GOOD | fields), 400)
+    assert error["param"] == param
+    assert "surrogate" in error["message"]
+    assert post(server, GOOD | {"user": "\ud83d\ude00"}).status_code == 200, "a whole pair is a character"
+
+
+def test_what_a_template_cannot_compute_with_is_the_requests_fault(server, monkeypatch):
+    tokenizer = server.worker.model_provider.tokenizer._tokenizer
+    for template in ("{{ 1 + 'x' }}", "{{ range(1, 5, 0) }}", "{{ 1 // 0 }}", "{{ messages[9].content.x }}"):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        assert refused(post(server, GOOD), 400)["param"] == "messages"
+
+
+@pytest.mark.parametrize("depth", [50, 300, 900])
+def test_deep_nesting_is_no_server_error(server, depth):
+    for fields in (b'"tools": ', b'"temperature": ', b'"response_format": '):
+        deep = b"{%s%s%s}" % (fields, b"[" * depth, b"]" * depth)
+        assert post(server, deep).status_code == 400
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "mlx-community/other", "../tiny", "default_model", ""])
@@ -168,6 +217,21 @@ def test_a_slow_sender_is_given_up(server, monkeypatch):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n".encode()
     status, body = raw(server, head + b'{"mess', close_write=False)
     assert (status, body["error"]["type"]) == (408, "invalid_request_error")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /he", b"GET /health HTTP/1.1\r\nHost: local"])
+def test_a_head_that_does_not_come_is_told_so(server, monkeypatch, sent):
+    monkeypatch.setattr(connection_module, "HEAD_SECONDS", 0.3)
+    status, body = raw(server, sent, close_write=False)
+    assert status == 408
+    assert "head" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_a_path_that_is_none(server, method):
+    status, body = raw(server, method + b" http://[ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+    assert status == 400
+    assert "not a path" in body["error"]["message"]
 
 
 def test_broken_and_endless_heads(server):
@@ -234,7 +298,7 @@ def test_another_name_for_this_machine_is_refused(server, host):
 
 
 def test_pages_of_other_sites_are_refused_and_get_no_cors_header(server):
-    for origin in ("https://evil.example", "null", "http://localhost.evil.example"):
+    for origin in ("https://evil.example", "null", "http://localhost.evil.example", "http://[", "x", ""):
         response = post(server, GOOD, Origin=origin)
         refused(response, 403)
         assert "Access-Control-Allow-Origin" not in response.headers
