@@ -62,8 +62,10 @@ class _Present(Collector):
 
     def collect(self) -> Iterable[Metric]:
         worker = self.worker
-        yield GaugeMetricFamily("mlx_mimo_queue", "Requests that wait", value=worker.queued)
-        yield GaugeMetricFamily("mlx_mimo_running", "Requests that run", value=worker.outstanding - worker.queued)
+        queued = worker.queued
+        running = max(0, worker.outstanding - queued)  # two looks: one may have ended in between
+        yield GaugeMetricFamily("mlx_mimo_queue", "Requests that wait", value=queued)
+        yield GaugeMetricFamily("mlx_mimo_running", "Requests that run", value=running)
         cache = getattr(worker, "prompt_cache", None)
         if cache is not None:
             yield GaugeMetricFamily("mlx_mimo_kv_bytes", "Bytes of KV caches kept between requests", value=cache.nbytes)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import socket
+import threading
 import time
 from urllib.parse import urlsplit
 
@@ -11,6 +12,7 @@ import pytest
 import requests
 from serving import running_server
 
+from mlx_mimo.models.mimo_v2_flash import Model
 from mlx_mimo.server.worker import wait_until
 
 BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
@@ -21,24 +23,107 @@ def post(server, **options) -> requests.Response:
     return requests.post(server.url + CHAT, json=BODY | options, timeout=60)
 
 
+def begin(server, padding: str = "", **options) -> socket.socket:
+    """A request that was sent and not answered."""
+    parts = urlsplit(server.url)
+    body = json.dumps(BODY | options | {"user": padding}).encode()
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=60)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
 def leave(server, **options) -> None:
     """Begins a request and hangs up once it runs."""
-    parts = urlsplit(server.url)
-    body = json.dumps(BODY | options).encode()
     before = server.site.metrics.tokens._value.get()
-    with socket.create_connection((parts.hostname, parts.port)) as connection:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
+    with begin(server, **options):
         assert wait_until(lambda: server.site.metrics.tokens._value.get() > before, 30)
 
 
+def figures(server) -> dict[str, float]:
+    """What /metrics says."""
+    text = requests.get(f"{server.url}/metrics", timeout=20).text
+    return {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[float]:
+    """When the model was called: slowly, so that one step is longer than it takes to notice anything."""
+    times = []
+    call = Model.__call__
+
+    def slowly(*args, **options):
+        times.append(time.monotonic())
+        time.sleep(0.05)
+        return call(*args, **options)
+
+    monkeypatch.setattr(Model, "__call__", slowly)
+    return times
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_stops_its_generation(server, stream):
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_client_that_leaves_stops_its_generation_within_a_step(request, monkeypatch, steps, stream, batched):
+    server = request.getfixturevalue("resident" if batched else "server")
+    monkeypatch.setattr(server.worker._time_budget, "_budget", 5.0)  # for so long a batch would go on as it is
     leave(server, max_tokens=3000, stream=stream, logit_bias={"258": -100, "256": -100})
+    before = len(steps)
     assert wait_until(lambda: server.worker.outstanding == 0, 5)
-    after = server.site.metrics.tokens._value.get()
+    time.sleep(0.5)
+    # The step that runs, the one that was begun ahead, and the one whose token finds nobody.
+    assert len(steps) - before <= 3, "it went on for nobody"
     assert post(server).json()["usage"]["completion_tokens"] == 4
-    assert server.site.metrics.tokens._value.get() == after + 4, "it went on for nobody"
+
+
+def test_requests_whose_clients_leave_while_they_wait_are_forgotten(server, monkeypatch):
+    go_on = threading.Event()
+    answer = server.worker._answer
+
+    def held(*args) -> None:
+        assert go_on.wait(60)
+        answer(*args)
+
+    monkeypatch.setattr(server.worker, "_answer", held)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            first = pool.submit(post, server)
+            assert wait_until(lambda: server.worker.outstanding == 1 and server.worker.queued == 0, 60)
+            leavers = [begin(server, padding="x" * 1000) for _ in range(5)]
+            assert wait_until(lambda: server.worker.queued == 5, 60)
+            shown = figures(server)
+            assert (shown["mlx_mimo_running"], shown["mlx_mimo_queue"]) == (1, 5)
+            for leaver in leavers:
+                leaver.close()
+            assert wait_until(lambda: server.worker.outstanding == 1, 60)
+            shown = figures(server)
+            assert (shown["mlx_mimo_running"], shown["mlx_mimo_queue"]) == (1, 0)
+            assert len(server.worker._replies) == 1
+        finally:
+            go_on.set()
+        assert first.result().status_code == 200
+    assert wait_until(lambda: figures(server)["mlx_mimo_running"] == 0, 60)
+
+
+@pytest.mark.parametrize("more", [b"", b"x"])
+def test_a_byte_too_many_hides_no_hang_up(server, more):
+    """The client is gone before anything was answered, whatever it left behind unread."""
+    before = server.site.metrics.disconnects._value.get()
+    connection = begin(server, max_tokens=3000, stream=False, logit_bias={"258": -100, "256": -100})
+    assert wait_until(lambda: server.worker.outstanding == 1, 60)
+    connection.sendall(more)
+    connection.close()
+    assert wait_until(lambda: server.site.metrics.disconnects._value.get() == before + 1, 10)
+
+
+def test_a_stream_that_cannot_begin_leaves_nothing_behind(server, monkeypatch):
+    def gone(*_):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(server.handler, "begin_stream", gone)
+    with pytest.raises(requests.RequestException):
+        post(server, stream=True, max_tokens=3000)
+    assert wait_until(lambda: server.worker.outstanding == 0, 10)
+    assert server.worker._replies == set()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -66,13 +151,9 @@ def test_a_failed_step_fails_its_request_alone(server, monkeypatch, stream):
 
 
 def test_metrics_count_what_happened(server):
-    def values() -> dict[str, float]:
-        text = requests.get(f"{server.url}/metrics", timeout=20).text
-        return {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
-
-    before = values()
+    before = figures(server)
     post(server)
-    after = values()
+    after = figures(server)
     assert after["mlx_mimo_generated_tokens_total"] == before["mlx_mimo_generated_tokens_total"] + 4
     assert after["mlx_mimo_first_token_seconds_count"] == before["mlx_mimo_first_token_seconds_count"] + 1
     assert after["mlx_mimo_token_seconds_count"] == before["mlx_mimo_token_seconds_count"] + 3
