@@ -165,7 +165,7 @@ def main() -> None:
         machine = this_machine()
         args = ModelArgs.from_dict(read_config(directory))
         context = options.prompt_tokens + options.generation_tokens
-        budget = measure(directory, args, context, CHUNK, machine.item_bytes, machine.item_bytes)
+        budget = measure(directory, args, context, CHUNK, *machine.item_bytes)
         reports = [(None, bench(directory, options, "all", None))]
         reports += [(disk, bench(directory, options, options.expert_memory, disk)) for disk in disks]
         took = time.perf_counter() - began

@@ -21,11 +21,11 @@ from mlx_mimo.experts.banks import Banks
 from mlx_mimo.experts.compute import choose_compute
 from mlx_mimo.experts.record import expert_files
 from mlx_mimo.models.config import ModelArgs
-from mlx_mimo.runtime.budget import Budget, format_size, measure, parse_size
+from mlx_mimo.runtime.budget import CHUNK, Budget, format_size, item_bytes, measure, parse_size
 from mlx_mimo.runtime.load import load, load_tokenizer, on_cpu
 from mlx_mimo.runtime.machine import peak_memory_bytes
 from mlx_mimo.runtime.source import find
-from mlx_mimo.runtime.stream import PREFILL_CHUNK, stream_generate
+from mlx_mimo.runtime.stream import stream_generate
 from mlx_mimo.runtime.synthetic import synthetic_config, write_synthetic
 
 
@@ -78,10 +78,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         write_synthetic(directory, config, "4bit")
-        item = 4 if on_cpu() else 2
         context = args.prompt_tokens + args.generation_tokens
-        chunk = min(args.prompt_tokens, PREFILL_CHUNK)
-        budget: Budget = measure(directory, ModelArgs.from_dict(config), context, chunk, item, item)
+        chunk = min(args.prompt_tokens, CHUNK)
+        budget: Budget = measure(directory, ModelArgs.from_dict(config), context, chunk, *item_bytes(on_cpu()))
         nothing = run(directory, "0", args)["peak"]
         something = run(directory, args.expert_memory, args)
     parts = {

@@ -26,7 +26,7 @@ from mlx_mimo.experts.residents import Need, Residents
 from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.runtime import released
 from mlx_mimo.runtime.budget import FLOOR_BYTES, GB, Budget, estimate
-from mlx_mimo.runtime.forecast import DISK_USED, Range, forecast, room_for_experts
+from mlx_mimo.runtime.forecast import DISK_USED, Range, fit_on, forecast
 from mlx_mimo.runtime.machine import GIB, MACS, SYSTEM_BYTES, Machine, imagined
 
 LAYERS, EXPERTS, TOP_K = 47, 256, 8
@@ -109,7 +109,7 @@ def plot(path: str, args: ModelArgs, budget: Budget, curve: list) -> None:
     for disk in (2.5, 6.0, 17.0):
         machine = imagined("64 GB", 64 * GIB, disk * GB, 300 * GB)
         right.plot(sizes, [speed(args, budget, machine, int(s * GB), curve) for s in sizes], label=f"{disk:g} GB/s")
-    room = room_for_experts(budget, machine) / GB
+    room = fit_on(budget, machine).expert_bytes / GB
     right.axvline(room, color="grey", linestyle=":", label="auto")
     right.set(xlabel="expert memory, GB", ylabel="decode, tokens/s", title="64 GB Mac, 4bit, by disk (simulated)")
     right.set_ylim(0, None)
@@ -139,7 +139,7 @@ def main() -> None:
         cells = []
         for recipe in RECIPES:
             try:
-                room = room_for_experts(budgets[recipe], machine)
+                room = fit_on(budgets[recipe], machine).expert_bytes
                 tps = speed(args, budgets[recipe], machine, room, found)
                 cells.append(f"{tps:.1f} ({min(1, room / budgets[recipe].experts):.0%})")
             except MimoError:

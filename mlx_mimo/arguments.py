@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import MimoError, UsageError
-from .runtime.budget import parse_size
+from .runtime.budget import parse_size, parse_speed
+from .runtime.machine import Given
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +58,37 @@ def load_options(args: argparse.Namespace) -> dict:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """mlx-lm's sampling flags. Unset ones come from the model's generation_config.json, else greedy."""
     parser.add_argument("--temp", type=non_negative_float, help="sampling temperature; 0 is greedy")
-    parser.add_argument("--top-p", type=non_negative_float, help="nucleus sampling: share of probability kept")
+    parser.add_argument("--top-p", type=share, help="nucleus sampling: share of probability kept")
     parser.add_argument("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0 keeps all")
-    parser.add_argument("--min-p", type=non_negative_float, help="least probability, as a share of the best token's")
+    parser.add_argument("--min-p", type=share, help="least probability, as a share of the best token's")
     parser.add_argument("--seed", type=int, help="seed of the random numbers")
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Facts of a machine that is not at hand; `given` reads them."""
+    machine = parser.add_argument_group("another machine than this one")
+    machine.add_argument("--memory", "--sim-memory", dest="memory", metavar="SIZE", help="such as 64GB")
+    machine.add_argument("--available", "--sim-available", dest="available", metavar="SIZE", help="what of it is free")
+    machine.add_argument("--ssd", "--sim-ssd", dest="ssd", metavar="SPEED", help="such as 6GB/s")
+    machine.add_argument("--bandwidth", "--sim-bandwidth", dest="bandwidth", metavar="SPEED", help="such as 400GB/s")
+    machine.add_argument(
+        "--backend",
+        "--sim-backend",
+        dest="backend",
+        choices=("metal", "cpu"),
+        help="what it computes on (default with --memory: metal)",
+    )
+
+
+def given(args: argparse.Namespace) -> Given:
+    """What the flags say of a machine. Raises UsageError."""
+    return Given(
+        parse_size(args.memory) if args.memory else None,
+        parse_size(args.available) if args.available else None,
+        parse_speed(args.ssd) if args.ssd else None,
+        parse_speed(args.bandwidth) if args.bandwidth else None,
+        args.backend,
+    )
 
 
 def expert_memory(text: str) -> str | int:
@@ -78,6 +106,17 @@ def non_negative_int(text: str) -> int:
 
 def non_negative_float(text: str) -> float:
     return _at_least(float, text, 0, "a number of at least 0")
+
+
+def share(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = None
+    if value is None or not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 expected, {text!r} found")
+    return value
 
 
 def _at_least(kind: type, text: str, least: int, wanted: str):

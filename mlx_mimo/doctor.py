@@ -3,14 +3,12 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from .arguments import run
+from .arguments import add_machine_arguments, given, run
 from .errors import UsageError
-from .runtime.budget import parse_size, parse_speed
-from .runtime.checks import FAILED, OK, SKIPPED, WARNING, Check, machine_checks
-from .runtime.machine import Given
+from .runtime.checks import FAILED, OK, SKIPPED, WARNING, Check, disk_kind, machine_checks
 from .runtime.model_checks import directory_checks
 
 SCHEMA_VERSION = 1
@@ -27,31 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("directory", nargs="?", metavar="DIR", help="a converted directory")
     parser.add_argument("--deep", action="store_true", help="read every byte and compare with the manifest's sha256")
-    machine = parser.add_argument_group("another machine than this one")
-    machine.add_argument("--memory", "--sim-memory", dest="memory", metavar="SIZE", help="such as 64GB")
-    machine.add_argument("--available", "--sim-available", dest="available", metavar="SIZE", help="what of it is free")
-    machine.add_argument("--ssd", "--sim-ssd", dest="ssd", metavar="SPEED", help="such as 6GB/s")
-    machine.add_argument("--bandwidth", "--sim-bandwidth", dest="bandwidth", metavar="SPEED", help="such as 400GB/s")
-    machine.add_argument(
-        "--backend",
-        "--sim-backend",
-        dest="backend",
-        choices=("metal", "cpu"),
-        help="what it computes on (default with --memory: metal)",
-    )
+    add_machine_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the lines")
     return parser
-
-
-def given(args: argparse.Namespace) -> Given:
-    """What the flags say of the machine. Raises UsageError."""
-    return Given(
-        parse_size(args.memory) if args.memory else None,
-        parse_size(args.available) if args.available else None,
-        parse_speed(args.ssd) if args.ssd else None,
-        parse_speed(args.bandwidth) if args.bandwidth else None,
-        args.backend,
-    )
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -64,6 +40,9 @@ def doctor(args: argparse.Namespace) -> int:
         if not directory.is_dir():
             raise UsageError(f"{args.directory}: no such directory")
         checks += directory_checks(directory, args.deep, machine)
+    elif not machine.elsewhere:
+        check = disk_kind(Path.cwd())
+        checks.append(replace(check, found=f"{check.found}, where this runs"))
     failed = any(check.status == FAILED for check in checks)
     if args.json:
         fields = {"schema_version": SCHEMA_VERSION, "ok": not failed, "directory": args.directory}

@@ -37,7 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--think", action="store_true", help="let the model think before it answers")
     parser.add_argument("--no-think", action="store_true", help="do not show what it thinks")
-    parser.add_argument("--prefill-step-size", type=positive_int, default=2048, help="tokens a chunk (default: 2048)")
+    parser.add_argument(
+        "--prefill-step-size",
+        type=positive_int,
+        metavar="N",
+        help="prompt tokens a chunk (default: what fits, 2048 as a rule)",
+    )
     parser.add_argument("--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="more tokens that end it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     return parser

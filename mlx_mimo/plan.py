@@ -6,11 +6,11 @@ import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .arguments import positive_int, run
+from .arguments import add_machine_arguments, given, positive_int, run
 from .errors import MimoError, UsageError
 from .models.config import ModelArgs
 from .runtime import released
-from .runtime.budget import Budget, estimate, format_size, measure, parse_size, parse_speed
+from .runtime.budget import CHUNK, Budget, estimate, format_size, measure, parse_size, usual_context
 from .runtime.forecast import (
     BANDWIDTH_USED,
     DISK_USED,
@@ -18,14 +18,13 @@ from .runtime.forecast import (
     ROUTER_WAIT,
     Forecast,
     Range,
+    fit_on,
     forecast,
-    room_for_experts,
 )
-from .runtime.machine import MACS, Machine, imagined, this_machine
+from .runtime.machine import MACS, Given, Machine, imagined, machine_with
 from .runtime.source import DEMO, read_config
 
 SCHEMA_VERSION = 1
-CHUNK = 2048
 # From the largest to the smallest: what `a smaller recipe` means.
 RECIPES = ("bf16", "8bit", "6bit", "5bit", "4bit", "mxfp4", "mixed-3-4", "3bit", "mixed-2-3", "2bit")
 WORTH_SAYING = 1.10  # how much faster something must be to be named as what would help
@@ -40,8 +39,17 @@ class Subject:
     recipe: str  # the one whose bytes are planned
     converted: Path | None = None
 
+    @property
+    def streamed(self) -> bool:
+        """Whether experts can be read one by one; what is not converted yet will be so that they can."""
+        return self.converted is None or any(self.converted.glob("model-experts-*.safetensors"))
+
+    @property
+    def files(self) -> list[Path]:
+        return [] if self.converted is None else sorted(self.converted.glob("model*.safetensors"))
+
     def budget(self, args: ModelArgs, context: int, machine: Machine) -> Budget:
-        sizes = (args, context, CHUNK, machine.item_bytes, machine.item_bytes)
+        sizes = (args, context, CHUNK, *machine.item_bytes)
         if self.converted is not None:
             return measure(self.converted, *sizes)
         from .convert.recipe import named
@@ -55,6 +63,7 @@ class Plan:
     budget: Budget
     forecast: Forecast | None  # None: it does not fit
     refusal: str = ""
+    hits_from: str = "as others measured them on models of this geometry, one sequence, after it has warmed up"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,14 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--trace", metavar="FILE", help="take the hit rate of this routing trace instead of assuming it"
     )
     parser.add_argument("--all", action="store_true", help="a table of common Macs")
-    machine = parser.add_argument_group("another machine than this one")
-    machine.add_argument("--memory", "--sim-memory", dest="memory", metavar="SIZE", help="such as 64GB")
-    machine.add_argument("--available", "--sim-available", dest="available", metavar="SIZE", help="what of it is free")
-    machine.add_argument("--ssd", "--sim-ssd", dest="ssd", metavar="SPEED", help="such as 6GB/s")
-    machine.add_argument("--bandwidth", "--sim-bandwidth", dest="bandwidth", metavar="SPEED", help="such as 400GB/s")
-    machine.add_argument(
-        "--backend", "--sim-backend", dest="backend", choices=("metal", "cpu"), help="(default with --memory: metal)"
-    )
+    add_machine_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     return parser
 
@@ -115,14 +117,38 @@ def subject_of(model: str | None, recipe: str | None) -> Subject:
     if recipe is None and path.is_dir() and "quantization_config" in config and "quantization" not in config:
         recipe = "4bit"  # an FP8 checkpoint, to be converted
     if recipe is None and path.is_dir() and any(path.glob("model*.safetensors")):
-        return Subject(name, config, _recipe_in(config) or "as it is", path)
+        ours = config.get("mlx_mimo")
+        return Subject(name, config, (ours.get("recipe") if isinstance(ours, dict) else None) or "as it is", path)
     return Subject(name, config, recipe or _recipe_in(config) or "4bit")
 
 
 def _recipe_in(config: dict) -> str | None:
+    """The recipe of a converted config.json, or the one whose experts have the bits that mlx-lm gave them; None where
+    nothing is quantised. Raises UsageError for bits that no recipe has."""
     ours = config.get("mlx_mimo")
     name = ours.get("recipe") if isinstance(ours, dict) else None
-    return name if name in RECIPES else None
+    if name in RECIPES:
+        return name
+    quantization = config.get("quantization")
+    if not isinstance(quantization, dict):
+        return None
+    kinds = {_bits_of(quantization)} | {
+        _bits_of(quantization | found)
+        for path, found in quantization.items()
+        if isinstance(found, dict) and (".switch_mlp." in path or ".experts." in path)
+    }
+    name = _BITS.get(kinds.pop()) if len(kinds) == 1 else None
+    if name is None:
+        raise UsageError("config.json: it is quantised as no recipe does it; give --recipe to say which comes nearest")
+    return name
+
+
+def _bits_of(fields: dict) -> tuple:
+    return fields.get("mode", "affine"), fields.get("bits"), fields.get("group_size")
+
+
+# How mlx-lm names what our recipes do with experts.
+_BITS = {("affine", bits, 64): f"{bits}bit" for bits in (2, 3, 4, 5, 6, 8)} | {("mxfp4", 4, 32): "mxfp4"}
 
 
 def _fetch_config(repo: str) -> dict:
@@ -136,64 +162,70 @@ def _fetch_config(repo: str) -> dict:
         ) from error
 
 
-def machine_of(args: argparse.Namespace, subject: Subject) -> Machine:
-    """The machine that the flags describe, else this one."""
-    disk = parse_speed(args.ssd) if args.ssd else None
-    bandwidth = parse_speed(args.bandwidth) if args.bandwidth else None
-    available = parse_size(args.available) if args.available else None
-    if args.memory:
-        memory = parse_size(args.memory)
-        backend = args.backend or "metal"
-        return imagined(f"a machine of {format_size(memory)}", memory, disk, bandwidth, available, backend)
-    files = sorted(subject.converted.glob("model*.safetensors")) if subject.converted and disk is None else ()
-    machine = this_machine(files)
-    changes = {"available": available, "disk": disk, "bandwidth": bandwidth, "backend": args.backend}
-    changes |= {"disk_from": "given" if disk else None, "bandwidth_from": "given" if bandwidth else None}
-    return replace(machine, **{name: value for name, value in changes.items() if value is not None})
+class TraceHits:
+    """Hit rates of a recorded routing trace, by the number of slots: LFU's, and LRU's as the other end of a range."""
+
+    def __init__(self, path: str, args: ModelArgs):
+        """Raises MimoError or UsageError where the file is none, empty, or of another model."""
+        from .experts.simulate import needs_of
+        from .experts.trace import read_trace
+
+        self.name, self.trace = Path(path).name, read_trace(path)
+        if (len(self.trace.layers), self.trace.num_experts) != (len(args.moe_layers), args.n_routed_experts):
+            raise UsageError(
+                f"{self.name}: a trace of {len(self.trace.layers)} layers and {self.trace.num_experts} experts, "
+                f"{len(args.moe_layers)} and {args.n_routed_experts} expected"
+            )
+        self._needs = needs_of(self.trace)
+        if not self._needs:
+            raise UsageError(f"{self.name}: a trace without a single token; record one with --trace")
+        self._known: dict[int, Range] = {}
+
+    def __call__(self, slots: int) -> Range:
+        from .experts.simulate import simulate
+
+        if slots >= len(self.trace.layers) * self.trace.num_experts:
+            return Range(1.0, 1.0, 1.0)  # all were read before the first token
+        slots = max(1, slots)
+        if slots not in self._known:
+            lfu, lru = (simulate(self.trace, name, slots, needs=self._needs).hit_rate for name in ("lfu", "lru"))
+            self._known[slots] = Range(min(lfu, lru), lfu, max(lfu, lru))
+        return self._known[slots]
+
+    @property
+    def said(self) -> str:
+        return f"of {self.name}, replayed from empty slots: LFU's, and LRU's as the other end of the range"
 
 
 def make_plan(
-    subject: Subject, args: ModelArgs, context: int, machine: Machine, expert_memory: str = "auto", trace=None
+    subject: Subject,
+    args: ModelArgs,
+    context: int,
+    machine: Machine,
+    expert_memory: str = "auto",
+    trace: TraceHits | None = None,
 ) -> Plan:
     """The plan of one model on one machine; one that does not fit says why."""
     budget = subject.budget(args, context, machine)
+    size = expert_memory if expert_memory in ("auto", "all") else parse_size(expert_memory)
     try:
-        room = room_for_experts(budget, machine)
-        if expert_memory == "all":
-            wanted = budget.experts
-        else:
-            wanted = room if expert_memory == "auto" else min(budget.experts, parse_size(expert_memory))
-        if wanted > machine.available:
-            raise MimoError(
-                f"{format_size(machine.available)} of memory are free; all experts take {format_size(wanted)}"
-                if expert_memory == "all"
-                else f"{format_size(machine.available)} of memory are free; --expert-memory asks for "
-                f"{format_size(wanted)}"
-            )
-        hits = None if trace is None else hits_of(trace, args, wanted // budget.slot_bytes, budget)
-        return Plan(machine, budget, forecast(args, budget, machine, wanted, CHUNK, hits))
-    except UsageError:
-        raise
+        found = fit_on(budget, machine, size, subject.streamed)
+        slots = found.expert_bytes // max(budget.slot_bytes, 1)
+        hits = None if trace is None else trace(slots)
+        speeds = forecast(args, found.budget, machine, found.expert_bytes, found.chunk, hits)
     except MimoError as error:
         return Plan(machine, budget, None, str(error))
+    return Plan(machine, found.budget, speeds, "", trace.said if trace else Plan.hits_from)
 
 
-def hits_of(path: str, args: ModelArgs, slots: int, budget: Budget) -> Range:
-    """Hit rate of a recorded routing trace at so many slots: LRU's and LFU's, the range between them."""
-    from .experts.simulate import simulate
-    from .experts.trace import read_trace
-
-    trace = read_trace(path)
-    if (len(trace.layers), trace.num_experts) != (len(args.moe_layers), args.n_routed_experts):
-        raise UsageError(
-            f"{Path(path).name}: a trace of {len(trace.layers)} layers and {trace.num_experts} experts, "
-            f"{len(args.moe_layers)} and {args.n_routed_experts} expected"
-        )
-    rates = {name: simulate(trace, name, max(1, min(slots, budget.num_experts))).hit_rate for name in ("lfu", "lru")}
-    return Range(min(rates.values()), rates["lfu"], max(rates.values()))
-
-
-def advice(subject: Subject, args: ModelArgs, context: int, plan: Plan) -> list[tuple[str, float]]:
+def advice(
+    subject: Subject,
+    args: ModelArgs,
+    context: int,
+    plan: Plan,
+    expert_memory: str = "auto",
+    trace: TraceHits | None = None,
+) -> list[tuple[str, float]]:
     """(what would help, tokens per second with it), the most helpful first."""
     machine, now = plan.machine, plan.forecast.decode_tps.expected if plan.forecast else 0.0
     ideas: list[tuple[str, Subject, int, Machine]] = []
@@ -213,7 +245,7 @@ def advice(subject: Subject, args: ModelArgs, context: int, plan: Plan) -> list[
     ideas.append((f"a faster disk: {format_size(int(faster.disk))}/s", subject, context, faster))
     found: dict[str, tuple[str, float]] = {}
     for text, what, length, where in ideas:
-        other = make_plan(what, args, length, where).forecast
+        other = make_plan(what, args, length, where, expert_memory, trace).forecast
         if other is not None and other.decode_tps.expected > WORTH_SAYING * now:
             kind = text.partition(":")[0]
             # The first of a kind is the smallest step; a later one is named only if none before it helps.
@@ -224,16 +256,21 @@ def advice(subject: Subject, args: ModelArgs, context: int, plan: Plan) -> list[
 def plan(args: argparse.Namespace) -> int:
     if args.expert_memory not in ("auto", "all"):
         parse_size(args.expert_memory)
+    machine = given(args)
+    if args.all and machine != Given():
+        raise UsageError("--all: the table has machines of its own; leave the flags for another machine out")
     subject = subject_of(args.model, args.recipe)
     model = ModelArgs.from_dict(subject.config)
     if args.context is None:
-        args.context = min(32768, model.max_position_embeddings)
+        args.context = usual_context(model)
     if args.context > model.max_position_embeddings:
         raise UsageError(
             f"--context: {args.context:,} tokens; max_position_embeddings = {model.max_position_embeddings:,}"
         )
-    machines = MACS if args.all else [machine_of(args, subject)]
-    plans = [make_plan(subject, model, args.context, machine, args.expert_memory, args.trace) for machine in machines]
+    trace = TraceHits(args.trace, model) if args.trace else None
+    options = {"expert_memory": args.expert_memory, "trace": trace}
+    machines = MACS if args.all else [machine_with(machine, subject.files)]
+    plans = [make_plan(subject, model, args.context, machine, **options) for machine in machines]
     if args.all:
         if args.json:
             rows = [report(subject, args.context, plan, []) for plan in plans]
@@ -241,7 +278,7 @@ def plan(args: argparse.Namespace) -> int:
         else:
             print_table(subject, args.context, plans)
         return 0
-    helps = advice(subject, model, args.context, plans[0])
+    helps = advice(subject, model, args.context, plans[0], **options)
     if args.json:
         fields = {"schema_version": SCHEMA_VERSION} | report(subject, args.context, plans[0], helps)
         print(json.dumps(fields, ensure_ascii=False))
@@ -258,9 +295,9 @@ def assumptions(plan: Plan) -> list[str]:
         f"memory bandwidth {format_size(int(machine.bandwidth))}/s ({machine.bandwidth_from}), "
         f"{BANDWIDTH_USED.low:.0%}–{BANDWIDTH_USED.high:.0%} of it reached while decoding",
         f"{ROUTER_WAIT.high * 1e6:.0f}–{ROUTER_WAIT.low * 1e6:.0f} µs a layer of waiting for the router",
-        f"prefill in chunks of {CHUNK} at {OPERATIONS_PER_BYTE.low:.0f}–{OPERATIONS_PER_BYTE.high:.0f} operations a "
-        "byte of bandwidth",
-        "hit rates as others measured them on models of this geometry, one sequence, after it has warmed up",
+        f"prefill in chunks of {plan.budget.chunk} at {OPERATIONS_PER_BYTE.low:.0f}–{OPERATIONS_PER_BYTE.high:.0f} "
+        "operations a byte of bandwidth",
+        f"hit rates {plan.hits_from}",
     ]
 
 
@@ -270,6 +307,7 @@ def report(subject: Subject, context: int, plan: Plan, helps: list[tuple[str, fl
         "model": subject.name,
         "recipe": subject.recipe,
         "context": context,
+        "chunk": budget.chunk,
         "machine": asdict(plan.machine),
         "fits": found is not None,
         "refusal": plan.refusal or None,
@@ -304,7 +342,7 @@ def print_plan(subject: Subject, context: int, plan: Plan, helps: list[tuple[str
     print(f"memory: {format_size(machine.memory)}, of which {format_size(machine.available)} usable")
     print(f"  trunk       {format_size(budget.trunk):>10}")
     print(f"  KV caches   {format_size(budget.kv):>10}")
-    print(f"  transients  {format_size(budget.transients):>10}")
+    print(f"  transients  {format_size(budget.transients):>10}   of a prefill chunk of {budget.chunk:,} tokens")
     if found is None:
         print(f"It does not fit: {plan.refusal}.")
     else:

@@ -16,11 +16,11 @@ from mlx_mimo.errors import UsageError
 from mlx_mimo.experts.header import read_header
 from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.plan import make_plan, subject_of
-from mlx_mimo.runtime import load, model_checks, released
-from mlx_mimo.runtime.budget import measure
+from mlx_mimo.runtime import model_checks, released
+from mlx_mimo.runtime.budget import CHUNK, ItemBytes, measure
 from mlx_mimo.runtime.checks import FAILED, OK, SKIPPED, WARNING, disk_kind, mac_disk_kind
 from mlx_mimo.runtime.machine import GIB, imagined
-from mlx_mimo.runtime.model_checks import CHUNK, CONTEXT, Headers
+from mlx_mimo.runtime.model_checks import Headers
 
 MACHINE = [
     "python",
@@ -65,7 +65,8 @@ def test_the_ids_are_stable(directory, capsys):
     code, checks = run_doctor(capsys, directory)
     assert code == 0
     assert list(checks) == MACHINE + DIRECTORY
-    assert list(run_doctor(capsys)[1]) == MACHINE
+    assert list(run_doctor(capsys)[1]) == [*MACHINE, "disk.kind"]
+    assert list(run_doctor(capsys, "--sim-memory", "64GB")[1]) == MACHINE  # of another machine's disk nothing is known
 
 
 def test_a_sound_directory_passes_deep(directory, capsys):
@@ -249,13 +250,18 @@ def test_stacked_experts_must_all_fit(tmp_path, capsys):
     assert "(100%)" in checks["model.memory"]["found"]
     code, checks = run_doctor(capsys, tmp_path, "--sim-memory", "64GB", "--sim-available", "1MB")
     assert code == 1
-    assert "stacked experts must all be resident" in checks["model.memory"]["found"]
+    assert "stacked ones must all be resident" in checks["model.memory"]["found"]
 
 
-def test_doctor_leaves_the_room_that_auto_leaves(release):
-    assert (CONTEXT, CHUNK) == (load.CONTEXT, load.PREFILL_CHUNK)
+@pytest.mark.parametrize("sizes", [ItemBytes(2, 2, 2), ItemBytes(4, 2, 2), ItemBytes(4, 4, 2)])
+def test_doctor_leaves_the_room_that_auto_leaves(release, sizes):
     args = ModelArgs.from_dict(released.CONFIG)
-    assert Headers(release).budget(args, 2) == measure(release, args, CONTEXT, CHUNK, 2, 2)
+    assert Headers(release).budget(args, *sizes) == measure(release, args, 32768, CHUNK, *sizes)
+
+
+def test_the_context_is_what_the_model_takes(directory, capsys):
+    """The tiny model ends at 4096 tokens; the released one is planned with 32k."""
+    assert "with 4,096 tokens of context" in preview(capsys, directory, "--sim-memory", "64GB")["model.memory"]["found"]
 
 
 def test_each_header_is_read_once(directory, capsys, monkeypatch):

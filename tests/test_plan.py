@@ -27,25 +27,27 @@ def mac(gib: int, disk: float, bandwidth: float):
 
 # Seven machines, from a base Air to a Mac Studio: what is chosen on each. A change here is a change for users.
 PINNED = [
-    # GiB, disk GB/s, bandwidth GB/s, recipe → slots, decode tokens a second (None: does not fit)
-    (16, 2.5, 100, "4bit", None, None),
-    (24, 2.8, 100, "2bit", 538, 1.0),
-    (36, 5.0, 150, "3bit", 1164, 1.8),
-    (48, 6.0, 273, "4bit", 1816, 2.6),
-    (64, 17.0, 307, "4bit", 2644, 6.8),
-    (128, 7.0, 546, "4bit", 5921, 8.8),
-    (256, 7.0, 819, "4bit", 12032, 41.0),
+    # GiB, disk GB/s, bandwidth GB/s, recipe → slots, prefill chunk, decode and prefill tokens a second
+    (16, 2.5, 100, "4bit", None, None, None, None),  # does not fit
+    (24, 2.8, 100, "2bit", 538, 2048, 1.0, 54),
+    (36, 5.0, 150, "3bit", 1164, 2048, 1.8, 73),
+    (48, 6.0, 273, "4bit", 1816, 2048, 2.6, 72),
+    (64, 17.0, 307, "4bit", 2644, 2048, 6.8, 184),
+    (128, 7.0, 546, "4bit", 5807, 4096, 8.6, 277),
+    (256, 7.0, 819, "4bit", 12032, 2048, 41.0, 492),
 ]
 
 
-@pytest.mark.parametrize(("gib", "disk", "bandwidth", "recipe", "slots", "decode"), PINNED)
-def test_choices_on_seven_machines(gib, disk, bandwidth, recipe, slots, decode):
-    found = make_plan(subject_of(None, recipe), ARGS, 32768, mac(gib, disk, bandwidth)).forecast
+@pytest.mark.parametrize(("gib", "disk", "bandwidth", "recipe", "slots", "chunk", "decode", "prefill"), PINNED)
+def test_choices_on_seven_machines(gib, disk, bandwidth, recipe, slots, chunk, decode, prefill):
+    planned = make_plan(subject_of(None, recipe), ARGS, 32768, mac(gib, disk, bandwidth))
+    found = planned.forecast
     if slots is None:
         assert found is None
         return
-    assert found.slots == slots
+    assert (found.slots, planned.budget.chunk) == (slots, chunk)
     assert found.decode_tps.expected == pytest.approx(decode, abs=0.05)
+    assert found.prefill_tps.expected == pytest.approx(prefill, abs=0.5)
     assert found.all_resident == (slots == 12032)
     assert found.total_bytes < working_set(gib * GIB)
 

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import MimoError, UsageError
 from ..experts.header import read_header
@@ -21,6 +21,11 @@ GB = 10**9
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12}
 _UNITS |= {"K": 10**3, "M": 10**6, "G": GB, "T": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 FLOOR_BYTES = 4 * GB  # left to the system and its page cache: speed falls when both starve (docs/RESIDENCY.md)
+CONTEXT = 32768  # tokens of KV cache that `auto` leaves room for
+CHUNK = 2048  # prompt tokens of a prefill chunk, where the memory at hand suggests no other
+_SMALLER_CHUNKS = (1024, 512, 256)
+LARGE_CHUNK = 4096
+LEAST_SPEED = 1000  # bytes a second: what is slower is a slip of the pen
 
 
 def parse_size(text: str | int) -> int:
@@ -30,17 +35,25 @@ def parse_size(text: str | int) -> int:
             return text
         raise UsageError(f"size {text}: a number of bytes above 0 expected")
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    if not match or match[2].upper() not in _UNITS:
         raise UsageError(f"size {text!r}: something like 24GB or 800MB expected")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if nbytes < 1:
+        raise UsageError(f"size {text!r}: at least one byte expected, something like 24GB or 800MB")
+    return nbytes
 
 
 def parse_speed(text: str) -> float:
-    """Bytes per second of "6GB/s", or of a plain size. Raises UsageError."""
+    """Bytes per second of "6GB/s", "800 MBps" or "1.5GiB". Raises UsageError, also for bits and for a bare number."""
+    if re.search(r"[kKMGT]i?b(ps|/s)?\s*$|bps\s*$|bits?(ps|/s)?\s*$", text):
+        raise UsageError(f"speed {text!r}: bits, it seems; bytes expected, such as 1.25GB/s for 10Gbit/s")
     try:
-        return float(parse_size(text.strip().removesuffix("/s").removesuffix("ps")))
+        speed = float(parse_size(text.strip().removesuffix("/s").removesuffix("ps")))
     except UsageError:
         raise UsageError(f"speed {text!r}: something like 6GB/s or 800MB/s expected") from None
+    if speed < LEAST_SPEED or text.strip()[-1].isdigit():
+        raise UsageError(f"speed {text!r}: {format_size(int(speed))} a second? a unit expected, such as 6GB/s")
+    return speed
 
 
 def format_size(nbytes: int) -> str:
@@ -59,19 +72,65 @@ class Budget:
     trunk: int
     experts: int  # all of them, as slots
     kv: int  # both kinds of cache at `context` tokens, one sequence
-    transients: int  # activations of one prefill chunk
+    context: int
+    chunk: int  # prompt tokens of a prefill chunk
+    token_bytes: int  # activations of one token of a chunk
+    score_bytes: int  # of one token's attention scores, at full context
+    logits_bytes: int
     num_experts: int  # of all layers together
     embedding: int  # of the trunk: a token needs one row of it
     record_bytes: int  # of one expert on disk, the mean where they differ
 
     @property
+    def transients(self) -> int:
+        """Activations of one prefill chunk."""
+        return self.chunk * self.token_bytes + min(self.chunk, self.context) * self.score_bytes + self.logits_bytes
+
+    @property
+    def besides(self) -> int:
+        """All but the experts."""
+        return self.trunk + self.kv + self.transients
+
+    @property
     def everything(self) -> int:
-        return self.trunk + self.experts + self.kv + self.transients
+        return self.besides + self.experts
 
     @property
     def slot_bytes(self) -> int:
         """Of one expert in memory, the mean where they differ."""
         return self.experts // max(self.num_experts, 1)
+
+    def with_chunk(self, chunk: int) -> "Budget":
+        return replace(self, chunk=chunk)
+
+
+class ItemBytes(NamedTuple):
+    """What an activation takes in memory, and what a matrix takes for each 16-bit number of it on disk: its weights
+    where they are not quantised, its scales where they are."""
+
+    activation: int
+    trunk: int
+    experts: int
+
+
+def item_bytes(cpu: bool, kernels: bool | None = None, trunk_kernels: bool = True) -> ItemBytes:
+    """On a GPU all is 16 bits wide. The CPU computes in float32, and its kernels read matrices as they are stored.
+
+    `kernels` says whether there are any (None: whether they can be used here), `trunk_kernels` whether the trunk has
+    them too: under an adapter, and inside mlx-lm's commands, it has not.
+    """
+    if not cpu:
+        return ItemBytes(2, 2, 2)
+    if kernels is None:
+        from ..cpu import available
+
+        kernels = available()
+    return ItemBytes(4, 2 if kernels and trunk_kernels else 4, 2 if kernels else 4)
+
+
+def usual_context(args: ModelArgs) -> int:
+    """Tokens that `auto` leaves room for: at most what the model takes."""
+    return min(CONTEXT, args.max_position_embeddings)
 
 
 def kv_bytes(args: ModelArgs, context: int, item_bytes: int) -> int:
@@ -84,24 +143,16 @@ def kv_bytes(args: ModelArgs, context: int, item_bytes: int) -> int:
     return total
 
 
-def measure(
-    directory: Path, args: ModelArgs, context: int, chunk: int, item_bytes: int, trunk_item_bytes: int
-) -> Budget:
-    """The budget of a converted directory, from its files' headers alone.
-
-    `item_bytes` is the size of an activation. `trunk_item_bytes` is what a BF16 parameter takes in memory: 2, or 4
-    where the CPU runs float32.
-    """
+def measure(directory: Path, args: ModelArgs, context: int, chunk: int, *item: int) -> Budget:
+    """The budget of a converted directory, from its files' headers alone; `item` is an ItemBytes."""
     tensors = []
     for path in sorted(directory.glob("model*.safetensors")):
         if not path.name.startswith("model-mtp"):
             tensors += read_header(path).tensors.values()
-    return budget_of(tensors, args, context, chunk, item_bytes, trunk_item_bytes)
+    return budget_of(tensors, args, context, chunk, *item)
 
 
-def estimate(
-    config: dict, recipe: "Recipe", args: ModelArgs, context: int, chunk: int, item_bytes: int, trunk_item_bytes: int
-) -> Budget:
+def estimate(config: dict, recipe: "Recipe", args: ModelArgs, context: int, chunk: int, *item: int) -> Budget:
     """The budget that converting a checkpoint of this config.json by `recipe` would give; nothing is read for it."""
     from ..convert import shapes
     from ..convert.plan import make_plan
@@ -113,54 +164,120 @@ def estimate(
         wanted += shapes.expert_shapes(small, layer)
     tensors = []
     for file in make_plan(small, [shape.name for shape in wanted], recipe).files:
-        for item in file.items:
-            many = item.source.kind == "router" or item.source.kind.startswith("experts.")
-            tensors += item.stored * (args.n_routed_experts if many else 1)
-    return budget_of(tensors, args, context, chunk, item_bytes, trunk_item_bytes)
+        for output in file.items:
+            many = output.source.kind == "router" or output.source.kind.startswith("experts.")
+            tensors += output.stored * (args.n_routed_experts if many else 1)
+    return budget_of(tensors, args, context, chunk, *item)
 
 
-def budget_of(
-    tensors: Iterable["Tensor"], args: ModelArgs, context: int, chunk: int, item_bytes: int, trunk_item_bytes: int
-) -> Budget:
+def budget_of(tensors: Iterable["Tensor"], args: ModelArgs, context: int, chunk: int, *item: int) -> Budget:
+    """`item` as ItemBytes has it; two numbers give experts what the trunk has."""
+    sizes = ItemBytes(*item) if len(item) == 3 else ItemBytes(*item, item[-1])
     trunk = experts = embedding = on_disk = 0
     for tensor in tensors:
-        nbytes = tensor.nbytes // 2 * trunk_item_bytes if tensor.dtype in ("BF16", "F16") else tensor.nbytes
         if ".mlp.experts." in tensor.name or ".switch_mlp." in tensor.name:
-            experts += nbytes
+            experts += _in_memory(tensor, sizes.experts)
             on_disk += tensor.nbytes
             continue
+        # Norms, sinks and biases meet the activations, so they have their type.
+        nbytes = _in_memory(tensor, sizes.trunk if len(tensor.shape) > 1 else sizes.activation)
         trunk += nbytes
         if ".embed_tokens." in tensor.name:
             embedding += nbytes
     widest = max(args.intermediate_size, args.num_attention_heads * args.head_dim, 4 * args.hidden_size)
     pairs = args.num_experts_per_tok * (args.hidden_size + 3 * args.moe_intermediate_size)
-    transients = chunk * (3 * widest + pairs) * item_bytes + args.vocab_size * 4
-    # Scores of one global layer, where no fused kernel takes 192/128 prefill heads.
-    transients += min(chunk, context) * context * args.num_attention_heads * item_bytes // 8
     count = len(args.moe_layers) * args.n_routed_experts
-    kv = kv_bytes(args, context, item_bytes)
-    return Budget(trunk, experts, kv, transients, count, embedding, on_disk // max(count, 1))
+    return Budget(
+        trunk=trunk,
+        experts=experts,
+        kv=kv_bytes(args, context, sizes.activation),
+        context=context,
+        chunk=chunk,
+        token_bytes=(3 * widest + pairs) * sizes.activation,
+        # Of one global layer, where no fused kernel takes 192/128 prefill heads.
+        score_bytes=context * args.num_attention_heads * sizes.activation // 8,
+        logits_bytes=args.vocab_size * 4,
+        num_experts=count,
+        embedding=embedding,
+        record_bytes=on_disk // max(count, 1),
+    )
 
 
-def auto_expert_bytes(budget: Budget, available: int) -> int:
-    """Bytes of experts that `--expert-memory auto` keeps in `available` free bytes. Raises MimoError where not even
-    the rest of the model fits."""
-    room = available - max(FLOOR_BYTES, available // 10) - (budget.everything - budget.experts)
-    if room <= 0:
-        # On a small or busy machine the floor is a wish; without the model's other parts nothing runs.
-        room = available // 2 - (budget.everything - budget.experts)
-    if room <= 0:
+def _in_memory(tensor: "Tensor", item: int) -> int:
+    return tensor.nbytes // 2 * item if tensor.dtype in ("BF16", "F16") else tensor.nbytes
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a model is given of a machine's memory."""
+
+    expert_bytes: int  # of slots; at most all experts
+    budget: Budget  # with the chunk that was chosen
+
+    @property
+    def chunk(self) -> int:
+        return self.budget.chunk
+
+
+def fit(
+    budget: Budget, available: int, expert_memory: str | int = "auto", streamed: bool = True, large: bool = True
+) -> Fit:
+    """Shares `available` bytes, in which the whole model must go, between experts and a prefill chunk.
+
+    `large` lets chunks be larger than usual; on a CPU they are not: there arithmetic takes the time, not reading.
+    Raises MimoError where `auto` finds no room for an expert. A size is taken as it is, whatever is free.
+    """
+    if expert_memory == "auto" and streamed:
+        return _fit_auto(budget, available, large)
+    wanted = budget.experts if isinstance(expert_memory, str) else min(expert_memory, budget.experts)
+    left = available - budget.trunk - budget.kv - wanted
+    for chunk in _chunks(budget, wanted, large):
+        found = budget.with_chunk(chunk)
+        # A size that is asked for is kept; what a larger chunk takes is left over, and so is the floor.
+        if found.transients <= left - (FLOOR_BYTES if chunk == LARGE_CHUNK else 0):
+            break
+    return Fit(wanted, found)
+
+
+def _fit_auto(budget: Budget, available: int, large: bool) -> Fit:
+    """The largest chunk that takes no more than it leaves to experts."""
+    room = auto_expert_bytes(budget.with_chunk(CHUNK), available, refuse=False)
+    for chunk in _chunks(budget, room, large):
+        found = budget.with_chunk(chunk)
+        room = auto_expert_bytes(found, available, refuse=chunk == _SMALLER_CHUNKS[-1])
+        if room >= min(found.transients, budget.experts) and room > 0:
+            break
+    return Fit(min(room, budget.experts), found)
+
+
+def _chunks(budget: Budget, room: int, large: bool) -> tuple[int, ...]:
+    """Chunks from the largest. A larger one than usual reads each absent expert half as often in a long prompt, and
+    takes the place of some: it is worth that where these are few of many."""
+    more = budget.with_chunk(LARGE_CHUNK)
+    if large and room < budget.experts and budget.context >= LARGE_CHUNK and 20 * more.transients <= room:
+        return (LARGE_CHUNK, CHUNK, *_SMALLER_CHUNKS)
+    return (CHUNK, *_SMALLER_CHUNKS)
+
+
+def auto_expert_bytes(budget: Budget, available: int, refuse: bool = True) -> int:
+    """Bytes of experts that `--expert-memory auto` keeps in `available` free bytes. Where not even the rest of the
+    model fits they are below 1, or with `refuse` a MimoError."""
+    # On a small or busy machine the floor is a wish; without the model's other parts nothing runs.
+    floor = min(max(FLOOR_BYTES, available // 10), available // 2)
+    room = available - floor - budget.besides
+    if refuse and room < max(1, budget.slot_bytes):
         raise MimoError(
-            f"{format_size(available)} of memory are free; the model needs "
-            f"{format_size(2 * (budget.everything - budget.experts))} before the first expert: close other programs, "
-            f"or set --expert-memory yourself"
+            f"{format_size(available)} of memory are free; {format_size(budget.besides)} are needed before the first "
+            f"expert, and {format_size(floor)} are left to the system: close other programs, or set --expert-memory "
+            "yourself"
         )
     return room
 
 
-def available_memory(working_set: int | None = None) -> int:
-    """Free memory in bytes; `working_set` is Metal's recommended limit where there is one."""
+def available_memory(working_set: int | None = None, held: int = 0) -> int:
+    """Bytes that a model may take: what is free, and the `held` bytes that it has already, at most `working_set`,
+    Metal's recommended limit for all that a process keeps, where there is one."""
     import psutil
 
-    available = psutil.virtual_memory().available
+    available = psutil.virtual_memory().available + held
     return min(available, working_set) if working_set else available

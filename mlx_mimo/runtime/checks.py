@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .budget import GB, format_size
-from .machine import Given, Machine, backend_and_limits, machine_with, working_set
+from ..errors import MimoError
+from .budget import CHUNK, estimate, format_size, item_bytes, usual_context
+from .forecast import fit_on
+from .machine import Given, Machine, backend_and_limits, imagined, machine_with, working_set
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
-LEAST_MEMORY = 16 * GB  # below this not even the trunk and the caches of the released model fit
 LEAST_OPEN_FILES = 256
+SMALLEST_RECIPE = "2bit"
 SIMULATED = ", simulated"
 HERE = Given()
 
@@ -39,7 +41,7 @@ def machine_checks(given: Given = HERE) -> Iterator[Check]:
         machine = machine_with(given)
         backend, limits = machine.backend, {}
         yield Check("backend", OK, backend + SIMULATED)
-        yield _memory(machine.memory, machine.available, SIMULATED)
+        yield _memory(machine.memory, machine.available, backend, SIMULATED)
         yield _simulated_working_set(machine)
     else:
         import psutil
@@ -47,7 +49,8 @@ def machine_checks(given: Given = HERE) -> Iterator[Check]:
         backend, limits = _backend()
         yield Check("backend", OK, given.backend + SIMULATED) if given.backend else _backend_check(backend)
         memory = psutil.virtual_memory()
-        yield _memory(memory.total, given.available or memory.available, SIMULATED if given.available else "")
+        free = given.available or memory.available
+        yield _memory(memory.total, free, given.backend or backend, SIMULATED if given.available else "")
         yield _working_set(backend, limits)
     yield (
         Check("limits.buffer", SKIPPED, "not known of another machine")
@@ -97,13 +100,28 @@ def _backend_check(backend: str | None) -> Check:
         return Check("backend", WARNING, "cpu without numba: many times slower", "pip install 'mlx-mimo[cpu]'")
 
 
-def _memory(total: int, available: int, simulated: str) -> Check:
+def _memory(total: int, available: int, backend: str | None, simulated: str) -> Check:
     found = f"{format_size(total)}, {format_size(available)} free{simulated}"
-    if total < LEAST_MEMORY:
+    if not _holds_the_release(total, backend or "cpu"):
         return Check("memory", WARNING, found, "enough for the demo, not for MiMo-V2-Flash: see mlx_mimo plan --all")
     if available < total // 4:
         return Check("memory", WARNING, found, "close other programs: what is free holds experts")
     return Check("memory", OK, found)
+
+
+def _holds_the_release(total: int, backend: str) -> bool:
+    """Whether plan finds room for MiMo-V2-Flash at the smallest recipe where little else runs."""
+    from ..convert.recipe import named
+    from ..models.config import ModelArgs
+    from . import released
+
+    args = ModelArgs.from_dict(released.CONFIG)
+    sizes = (args, usual_context(args), CHUNK, *item_bytes(backend == "cpu"))
+    try:
+        fit_on(estimate(released.CONFIG, named(SMALLEST_RECIPE), *sizes), imagined("", total, backend=backend))
+    except MimoError:
+        return False
+    return True
 
 
 def _working_set(backend: str | None, limits: dict) -> Check:

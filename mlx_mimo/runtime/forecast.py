@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..errors import MimoError
 from ..models.config import ModelArgs
-from .budget import Budget, auto_expert_bytes
+from .budget import Budget, Fit, fit, format_size
 from .machine import Machine
 
 
@@ -69,12 +69,26 @@ def hit_rate(share: float) -> Range:
     return Range(*(a + part * (b - a) for a, b in zip(below[1:], above[1:])))
 
 
-def room_for_experts(budget: Budget, machine: Machine) -> int:
-    """Bytes of slots that `--expert-memory auto` takes on a machine; at most what all experts need.
+def fit_on(budget: Budget, machine: Machine, expert_memory: str | int = "auto", streamed: bool = True) -> Fit:
+    """What `load` would give to experts on a machine, and the prefill chunk beside them; stacked experts
+    (`streamed=False`) are there all or not at all.
 
-    Raises MimoError where the rest of the model does not fit.
+    Raises MimoError where it does not fit.
     """
-    return min(budget.experts, auto_expert_bytes(budget, machine.available))
+    found = fit(budget, machine.available, expert_memory, streamed, large=machine.backend != "cpu")
+    needed = found.budget.besides + found.expert_bytes
+    if needed > machine.available:
+        what = (
+            f"--expert-memory asks for {format_size(found.expert_bytes)}"
+            if isinstance(expert_memory, int)
+            else f"all experts {'' if streamed else '(stacked ones must all be resident) '}take "
+            f"{format_size(found.expert_bytes)}"
+        )
+        raise MimoError(
+            f"{format_size(machine.available)} of memory are free; {what}, and {format_size(found.budget.besides)} are "
+            "needed besides"
+        )
+    return found
 
 
 def forecast(

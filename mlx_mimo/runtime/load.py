@@ -14,12 +14,10 @@ from ..experts.residency import Residency, attach
 from ..models.config import ModelArgs
 from ..models.mimo_v2_flash import Model
 from .adapters import check_adapter, put_adapter
-from .budget import auto_expert_bytes, available_memory, measure, parse_size
+from .budget import CHUNK, Fit, available_memory, fit, item_bytes, measure, parse_size, usual_context
 from .sampling import generation_defaults
 from .source import Directory, find
-from .stream import PREFILL_CHUNK
 
-CONTEXT = 32768  # tokens of KV cache that `auto` leaves room for
 CACHE_LIMIT_BYTES = 2 * 10**9  # of freed buffers that MLX keeps on a GPU; its default is nearly all memory
 
 
@@ -68,11 +66,13 @@ def load(
         check_adapter(adapter_path, residency=streamable)
     model = load_trunk(directory, overrides, streamable, kernels=adapter_path is None)  # LoRA layers want MLX's
     model.residency = None
+    found = expert_limit(directory, args, expert_memory if streamable else "all", kernels=adapter_path is None)
+    model.prefill_chunk = found.chunk
     if streamable:
         model.residency = attach(
             model,
             directory.path,
-            expert_memory_bytes=expert_limit(directory, args, expert_memory),
+            expert_memory_bytes=None if expert_memory == "all" else found.expert_bytes,
             policy=expert_policy,
             reader_threads=reader_threads,
             lookahead=lookahead,
@@ -148,6 +148,8 @@ def check_files(path: Path) -> None:
         wanted: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             wanted.setdefault(file, set()).add(name)
+        if not all(isinstance(file, str) for file in wanted):
+            raise TypeError("a file's name is no text")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise FormatError(f"{index.name}: not an index of safetensors files ({error!r}); convert again") from None
     for file, names in wanted.items():
@@ -156,17 +158,17 @@ def check_files(path: Path) -> None:
             raise FormatError(f"{file}: {min(absent)} is missing, {index.name} expects it here; convert again")
 
 
-def expert_limit(directory: Directory, args: ModelArgs, expert_memory: str | int) -> int | None:
-    """Bytes for experts; None for all of them."""
-    if expert_memory == "all":
-        return None
-    if isinstance(expert_memory, int):
-        return expert_memory
-    item_bytes = 4 if on_cpu() else 2
-    budget = measure(directory.path, args, CONTEXT, PREFILL_CHUNK, item_bytes, trunk_item_bytes=item_bytes)
-    working_set = None if on_cpu() else mx.device_info().get("max_recommended_working_set_size")
+def expert_limit(directory: Directory, args: ModelArgs, expert_memory: str | int, kernels: bool = True) -> Fit:
+    """Bytes for experts, and the prefill chunk that fits beside them. `kernels` as `load_trunk` was given it."""
+    sizes = item_bytes(on_cpu(), trunk_kernels=kernels)
+    budget = measure(directory.path, args, usual_context(args), CHUNK, *sizes)
     # The trunk is loaded by now, so what is free no longer contains it.
-    return auto_expert_bytes(budget, available_memory(working_set) + budget.trunk)
+    return fit(budget, available_memory(working_set(), held=budget.trunk), expert_memory, large=not on_cpu())
+
+
+def working_set() -> int | None:
+    """Bytes that Metal recommends a process to keep; None elsewhere."""
+    return None if on_cpu() else mx.device_info().get("max_recommended_working_set_size")
 
 
 def load_tokenizer(directory: Directory, tokenizer_config: dict | None = None):

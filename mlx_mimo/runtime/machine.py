@@ -1,6 +1,7 @@
 """What a machine has: memory, limits, speeds. This one as the system tells, or another one by its numbers.
 
-MLX is asked only on a Mac, for Metal's limits; everything else comes from the system.
+MLX is asked only on a Mac or where its CUDA build is installed, for the device and its limits; everything else comes
+from the system.
 """
 
 import os
@@ -10,8 +11,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
-from .budget import GB, format_size
+from ..errors import UsageError
+from .budget import GB, ItemBytes, available_memory, format_size, item_bytes
 
 GIB = 2**30
 ASSUMED_DISK = 3.0 * GB  # bytes a second, where nothing was measured
@@ -40,9 +43,10 @@ class Machine:
     bandwidth_from: str
 
     @property
-    def item_bytes(self) -> int:
-        """Of an activation, and of a 16-bit parameter: the CPU runs float32."""
-        return 4 if self.backend == "cpu" else 2
+    def item_bytes(self) -> ItemBytes:
+        """Of an activation, and of what is stored in 16 bits. Another machine is thought to have the CPU kernels if
+        this one has."""
+        return item_bytes(self.backend == "cpu")
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,7 @@ def this_machine(files: Sequence[Path] = ()) -> Machine:
 
     memory = psutil.virtual_memory()
     backend, limits = backend_and_limits()
-    available = memory.available
-    if limits.get("max_recommended_working_set_size"):
-        available = min(available, limits["max_recommended_working_set_size"])
+    available = available_memory(limits.get("max_recommended_working_set_size"))
     disk = read_speed(files) if files else None
     chip = chip_name()
     known = CHIP_BANDWIDTH.get(chip.removeprefix("Apple "))
@@ -145,15 +147,28 @@ def this_machine(files: Sequence[Path] = ()) -> Machine:
 
 
 def machine_with(given: Given, files: Sequence[Path] = ()) -> Machine:
-    """The machine that is described, else this one; its disk is measured on `files` unless it is given."""
+    """The machine that is described, else this one; its disk is measured on `files` unless it is given.
+
+    Raises UsageError where more is free than there is.
+    """
     if given.elsewhere:
+        _check_free(given.available, given.memory)
         name = f"a machine of {format_size(given.memory)}"
         backend = given.backend or "metal"
         return imagined(name, given.memory, given.disk, given.bandwidth, given.available, backend)
     machine = this_machine(() if given.disk else files)
+    _check_free(given.available, machine.memory)
     changes = {name: getattr(given, name) for name in ("available", "disk", "bandwidth", "backend")}
     changes |= {f"{name}_from": "given" for name in ("disk", "bandwidth") if changes[name]}
     return replace(machine, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _check_free(available: int | None, memory: int) -> None:
+    if available is not None and available > memory:
+        raise UsageError(
+            f"--available: {format_size(available)} of {format_size(memory)} of memory cannot be free; at most "
+            "--memory expected"
+        )
 
 
 def backend_and_limits() -> tuple[str, dict]:
@@ -196,25 +211,33 @@ def peak_memory_bytes() -> int:
         return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def copy_speed(nbytes: int = 1 << 26) -> float:
-    """Bytes a second that one NumPy copy reads and writes: a lower bound of the memory's bandwidth."""
+def copy_speed(nbytes: int = 1 << 26, repeats: int = 5) -> float:
+    """Bytes a second that all cores together read and write when they copy, the median: a lower bound of the memory's
+    bandwidth."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import numpy as np
 
-    source, target = np.ones(nbytes, np.uint8), np.empty(nbytes, np.uint8)
-    target[:] = source  # the first touch of a page costs more than the copy
-    began = time.perf_counter()
-    target[:] = source
-    return 2 * nbytes / (time.perf_counter() - began)
+    cores = os.cpu_count() or 1
+    sources, targets = np.ones(nbytes, np.uint8), np.empty(nbytes, np.uint8)
+    pieces = list(zip(np.array_split(targets, cores), np.array_split(sources, cores)))
+    seconds = []
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            list(pool.map(lambda piece: np.copyto(*piece), pieces))
+            seconds.append(time.perf_counter() - began)
+    return 2 * nbytes / median(seconds[1:])  # the first touches the pages, which costs more than the copy
 
 
 def read_speed(files: Sequence[Path], seconds: float = 0.25, piece: int = 1 << 22, threads: int = 4) -> float | None:
     """Bytes a second of parallel reads from `files`, past the page cache where the system allows it.
 
-    None where there is too little to measure. Stops after `seconds`.
+    None where there is too little to measure, or nothing that can be read. Stops after `seconds`.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    work = [(file, start) for file in files for start in range(0, max(0, file.stat().st_size - piece + 1), piece)]
+    work = [(file, start) for file in files for start in range(0, max(0, _size_of(file) - piece + 1), piece)]
     if not work:
         return None
     stride = max(1, len(work) // 1024)  # spread over the files, as experts are
@@ -226,13 +249,25 @@ def read_speed(files: Sequence[Path], seconds: float = 0.25, piece: int = 1 << 2
         for file, start in mine:
             if time.perf_counter() > end:
                 break
-            done += _read_past_cache(file, start, buffer)
+            try:
+                done += _read_past_cache(file, start, buffer)
+            except OSError:
+                break  # what is wrong with a file, doctor's checks and loading say
         return done
 
     pieces = work[::stride]
     with ThreadPoolExecutor(threads) as pool:
         total = sum(pool.map(read, [pieces[i::threads] for i in range(threads)]))
     return total / (time.perf_counter() - began) if total else None
+
+
+def _size_of(path: Path) -> int:
+    """0 for a link that leads nowhere or a file that may not be opened: such a file says nothing of the disk."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except OSError:
+        return 0
 
 
 def _read_past_cache(path: Path, start: int, buffer: bytearray) -> int:

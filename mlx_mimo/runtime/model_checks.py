@@ -14,14 +14,13 @@ from ..errors import MimoError
 from ..experts.header import Header, read_header
 from ..experts.record import ExpertFile, expert_file_of
 from ..models.config import ModelArgs
-from .budget import GB, Budget, budget_of, format_size
+from .budget import CHUNK, GB, Budget, budget_of, format_size, usual_context
 from .checks import FAILED, HERE, OK, SIMULATED, SKIPPED, WARNING, Check, disk_kind
-from .forecast import Forecast, forecast, room_for_experts
+from .forecast import Forecast, fit_on, forecast
 from .machine import Given, Machine, machine_with
 
 SLOW_DISK = 1.0 * GB  # bytes a second
 SLOW_DECODE = 1.0  # tokens a second
-CONTEXT, CHUNK = 32768, 2048  # what `--expert-memory auto` leaves room for
 
 
 class Headers:
@@ -49,7 +48,7 @@ class Headers:
         }
         return {layer: expert_file_of(self[name], layer) for layer, name in sorted(layers.items())}
 
-    def budget(self, args: ModelArgs, item_bytes: int) -> Budget:
+    def budget(self, args: ModelArgs, *item_bytes: int) -> Budget:
         """What loading would take, as `budget.measure` counts it."""
         tensors = [
             entry
@@ -57,7 +56,7 @@ class Headers:
             if not header.path.name.startswith("model-mtp")
             for entry in header.tensors.values()
         ]
-        return budget_of(tensors, args, CONTEXT, CHUNK, item_bytes, item_bytes)
+        return budget_of(tensors, args, usual_context(args), CHUNK, *item_bytes)
 
 
 def directory_checks(directory: Path, deep: bool, given: Given = HERE) -> Iterator[Check]:
@@ -152,7 +151,7 @@ def _index(headers: Headers) -> Check:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         wanted: dict[str, set[str]] = {}
         for tensor, file in weight_map.items():
-            wanted.setdefault(file, set()).add(tensor)
+            wanted.setdefault(_text(file), set()).add(tensor)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return Check(name, FAILED, f"{index.name}: not an index ({error!r})", "run mlx_mimo convert again")
     nbytes = 0
@@ -163,6 +162,12 @@ def _index(headers: Headers) -> Check:
         if absent:
             return Check(name, FAILED, f"{file}: {min(absent)} is missing", "run the same mlx_mimo convert again")
     return Check(name, OK, f"{len(wanted)} files, {len(weight_map):,} tensors, {format_size(nbytes)}")
+
+
+def _text(file) -> str:
+    if not isinstance(file, str):
+        raise TypeError(f"{file!r} is no file's name")
+    return file
 
 
 def _experts(headers: Headers) -> Check:
@@ -253,40 +258,29 @@ def _fit(headers: Headers, args: ModelArgs, machine: Machine) -> Iterator[Check]
     """How many experts `--expert-memory auto` would keep, and how fast that would be."""
     hint = f"what would help: mlx_mimo plan --model {headers.directory}, with the same flags for the machine"
     try:
-        streamed, budget = bool(headers.experts), headers.budget(args, machine.item_bytes)
+        streamed, budget = bool(headers.experts), headers.budget(args, *machine.item_bytes)
     except MimoError:  # the checks of the files say what is wrong
         yield Check("model.memory", SKIPPED, "not known while files are damaged")
         yield Check("model.speed", SKIPPED, "not known while files are damaged")
         return
     try:
-        found = forecast(args, budget, machine, _room(streamed, budget, machine), CHUNK)
+        room = fit_on(budget, machine, streamed=streamed)
+        found = forecast(args, room.budget, machine, room.expert_bytes, room.chunk)
     except MimoError as error:
         yield Check("model.memory", FAILED, str(error), hint)
         yield Check("model.speed", SKIPPED, "it does not fit")
         return
-    yield _resident(args, budget, found, hint)
+    yield _resident(args, room.budget, found, hint)
     speed = found.decode_tps
     text = f"decode {speed.expected:.1f} tokens/s expected ({speed.low:.1f}–{speed.high:.1f}), a forecast"
     yield Check("model.speed", WARNING if speed.expected < SLOW_DECODE else OK, text, hint)
-
-
-def _room(streamed: bool, budget: Budget, machine: Machine) -> int:
-    """Bytes of experts in memory. Raises MimoError where it does not fit, as loading would."""
-    if streamed:
-        return room_for_experts(budget, machine)
-    if budget.everything > machine.available:
-        raise MimoError(
-            f"{format_size(machine.available)} of memory are free; stacked experts must all be resident, "
-            f"{format_size(budget.everything)} in all"
-        )
-    return budget.experts
 
 
 def _resident(args: ModelArgs, budget: Budget, found: Forecast, hint: str) -> Check:
     name, wanted = "model.memory", len(args.moe_layers) * args.num_experts_per_tok
     text = (
         f"{found.slots:,} of {budget.num_experts:,} experts resident ({found.share:.0%}), "
-        f"{format_size(found.total_bytes)} in all with 32k tokens of context"
+        f"{format_size(found.total_bytes)} in all with {budget.context:,} tokens of context"
     )
     if found.slots < wanted:
         return Check(name, WARNING, f"{text}; one token uses {wanted:,}", hint)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..errors import UsageError
-
-PREFILL_CHUNK = 2048
+from .budget import CHUNK
 
 
 @dataclass
@@ -26,6 +25,11 @@ class Response:
     peak_memory: float  # GB, as MLX counts
     finish_reason: str | None = None  # "stop", "length", or None while it goes on
     from_draft: bool = False
+
+
+def prefill_chunk(model) -> int:
+    """Prompt tokens that a model computes at a time: what `load` found to fit, else the usual number."""
+    return getattr(model, "prefill_chunk", CHUNK)
 
 
 def prefill(model, tokens: mx.array, cache: list, chunk: int, progress: Callable[[int, int], None]) -> None:
@@ -51,14 +55,14 @@ def generate_step(
     sampler: Callable[[mx.array], mx.array] | None = None,
     logits_processors: Sequence[Callable] | None = None,
     prompt_cache: list | None = None,
-    prefill_step_size: int = PREFILL_CHUNK,
+    prefill_step_size: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, mx.array]]:
     """Yields (token, logprobs (vocab_size,)) for a prompt (L,), at most max_tokens of them; -1 is without end.
 
     Where layers synchronise with the host (streamed experts, the CPU kernels), the next forward begins only when
     the next token is asked for: begun earlier, it would hold back the token that is already known. Otherwise it
-    is enqueued first, so that the GPU never waits for Python.
+    is enqueued first, so that the GPU never waits for Python. `prefill_step_size` is what fits, as `load` found.
     """
     if prompt.size == 0:
         raise UsageError("the prompt is empty: at least one token expected")
@@ -66,7 +70,8 @@ def generate_step(
         prompt_cache = model.make_cache()
     sampler = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
     history = prompt if logits_processors else None
-    prefill(model, prompt, prompt_cache, prefill_step_size, prompt_progress_callback or (lambda *_: None))
+    chunk = prefill_step_size or prefill_chunk(model)
+    prefill(model, prompt, prompt_cache, chunk, prompt_progress_callback or (lambda *_: None))
 
     def forward(token: mx.array) -> tuple[mx.array, mx.array]:
         logits = model(token[None], cache=prompt_cache)[:, -1, :].astype(mx.float32)
