@@ -1,8 +1,11 @@
 """`python -m mlx_mimo.chat`: an interactive conversation in a terminal, or line by line through a pipe."""
 
 import argparse
+import io
 import json
+import os
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from .arguments import (
     non_negative_float,
     positive_int,
     run,
+    share,
 )
 from .errors import MimoError
 
@@ -28,7 +32,11 @@ HELP = """\
 /stats             speed and expert residency of the last answer
 /save FILE         write the conversation as JSON
 /load FILE         read it back
-Ctrl-C stops an answer. A line that ends with \\ goes on in the next."""
+Ctrl-C stops an answer after the next token, a second one at once.
+A line that ends with \\ goes on in the next."""
+
+
+MESSAGE_KEYS = ("role", "content", "reasoning_content")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,24 +64,34 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """One turn: prints the answer as it comes; Ctrl-C ends it and keeps what was said."""
-        from .runtime.console import PrefillProgress, Printer
+        from .runtime.console import Interrupts, PrefillProgress, Printer
+        from .runtime.conversation import Stopped
         from .runtime.sampling import sampler_for
 
-        conversation = self.conversation
         options = {"max_tokens": self.args.max_tokens, "sampler": sampler_for(self.model, self.args)}
-        printer = None
+        printer, stopped = None, False
         try:
-            with PrefillProgress(sys.stderr) as progress:
-                steps = conversation.answer(text, prompt_progress_callback=progress, **options)
-                with closing(steps):
+            with Interrupts() as interrupts, PrefillProgress(sys.stderr) as bar:
+
+                def progress(done: int, total: int) -> None:
+                    if interrupts.asked:
+                        raise Stopped
+                    bar(done, total)
+
+                with closing(self.conversation.answer(text, prompt_progress_callback=progress, **options)) as steps:
                     for step in steps:
-                        progress.close()
+                        bar.close()
                         printer = printer or Printer(self.tokenizer, [], hide_thinking=self.args.no_think)
                         printer.write(step.token, step.text)
                         self.last = step
+                        if interrupts.asked:
+                            break
+                stopped = interrupts.asked
         except KeyboardInterrupt:
-            print(" [stopped]", end="", file=sys.stderr)
+            stopped = True
         finally:
+            if stopped:
+                print(" [stopped]", end="" if printer else "\n", file=sys.stderr, flush=True)
             if printer is not None:
                 printer.end()
 
@@ -96,9 +114,9 @@ class Chat:
                     raise MimoError(f"/think: on or off expected, {rest!r} found")
                 self.conversation.thinking = rest == "on"
             case "/temperature":
-                self.args.temp = self._number(name, rest)
+                self.args.temp = self._number(name, rest, non_negative_float)
             case "/top-p":
-                self.args.top_p = self._number(name, rest)
+                self.args.top_p = self._number(name, rest, share)
             case "/stats":
                 self._statistics()
             case "/save":
@@ -109,9 +127,9 @@ class Chat:
                 raise MimoError(f"{name}: no such command; /help lists them")
         return True
 
-    def _number(self, name: str, text: str) -> float:
+    def _number(self, name: str, text: str, parse: Callable[[str], float]) -> float:
         try:
-            return non_negative_float(text)
+            return parse(text)
         except argparse.ArgumentTypeError as error:
             raise MimoError(f"{name}: {error}") from None
 
@@ -145,21 +163,33 @@ class Chat:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             system, messages = state["system"], state["messages"]
-            if not all(isinstance(message["role"] + message["content"], str) for message in messages):
-                raise TypeError("messages")
+            if not (system is None or isinstance(system, str)) or not all(map(is_message, messages)):
+                raise TypeError("system and messages")
         except OSError as error:
             raise MimoError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise MimoError(f"{path}: not a conversation that /save wrote") from None
         self.conversation.clear()
         self.conversation.system, self.conversation.messages = system, messages
+
+
+def is_message(value) -> bool:
+    """Whether a value is a turn as /save writes it."""
+    if not isinstance(value, dict) or not {"role", "content"} <= value.keys() <= {*MESSAGE_KEYS}:
+        return False
+    return value["role"] in ("user", "assistant") and all(isinstance(text, str) for text in value.values())
 
 
 def read_line(interactive: bool) -> str:
     """One message; raises EOFError at the end. Backslashes at line ends join lines."""
     lines = []
     while True:
-        line = input(("> " if not lines else ". ") if interactive else "")
+        try:
+            line = input(("> " if not lines else ". ") if interactive else "")
+        except EOFError:
+            if not lines:
+                raise
+            return "\n".join(lines)
         lines.append(line.removesuffix("\\"))
         if not line.endswith("\\"):
             return "\n".join(lines)
@@ -176,11 +206,27 @@ def use_history() -> None:
     import platformdirs
 
     file = Path(platformdirs.user_state_dir("mlx-mimo", appauthor=False)) / "chat_history"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        readline.read_history_file(file)
     readline.set_history_length(1000)
-    atexit.register(readline.write_history_file, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and file.stat().st_size:
+            readline.read_history_file(file)
+    except OSError as error:
+        print(f"note: the lines you type are not kept: {file}: {error.strerror}", file=sys.stderr)
+        return
+    atexit.register(save_history, readline.write_history_file, file)
+
+
+def save_history(write: Callable[[Path], None], file: Path) -> None:
+    """Writes what was typed, for its owner's eyes alone."""
+    before = os.umask(0o077)
+    try:
+        write(file)
+        file.chmod(0o600)
+    except OSError as error:
+        print(f"note: the lines you typed are not kept: {file}: {error.strerror}", file=sys.stderr)
+    finally:
+        os.umask(before)
 
 
 def chat(args: argparse.Namespace) -> int:
@@ -192,6 +238,8 @@ def chat(args: argparse.Namespace) -> int:
     if args.seed is not None:
         mx.random.seed(args.seed)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text does not end the conversation
     model, tokenizer = load(args.model, adapter_path=args.adapter_path, **load_options(args))
     session = Chat(model, tokenizer, args)
     if interactive:
@@ -217,6 +265,8 @@ def chat(args: argparse.Namespace) -> int:
             except MimoError as error:
                 failed = True
                 print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
     finally:
         end_residency(model, args.profile)
     return 1 if failed and not interactive else 0

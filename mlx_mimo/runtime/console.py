@@ -1,5 +1,6 @@
 """Text as it comes, for a person: thinking dim or hidden, and a bar when the prompt takes long."""
 
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -51,6 +52,26 @@ class Printer:
         self._dim(False)
         self.out.write("\n")
         self.out.flush()
+
+
+class Interrupts:
+    """Ctrl-C while something runs: the first only sets `asked`, for a loop to end where that is safe; the second
+    raises KeyboardInterrupt at once. For the main thread."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interrupts":
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 class PrefillProgress:
