@@ -134,7 +134,12 @@ def _convert_beside(directory: Directory) -> Path:
         file=sys.stderr,
     )
     print("Convert it now? [y/N] ", end="", file=sys.stderr, flush=True)
-    if input().strip().lower() not in ("y", "yes"):
+    try:
+        answer = input()
+    except EOFError:
+        print(file=sys.stderr)
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise MimoError(f"not converted; to do it later: {command}")
     _convert(directory.path, target)
     return target
