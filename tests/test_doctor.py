@@ -1,27 +1,31 @@
 """doctor: one line a check, stable ids, and each fault found under its own."""
 
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from converted import converted_directory, fp8_directory
 
-from mlx_mimo.convert import manifest, shapes
-from mlx_mimo.convert.plan import make_plan as plan_conversion
-from mlx_mimo.convert.recipe import named
 from mlx_mimo.doctor import build_parser, doctor
-from mlx_mimo.errors import UsageError
+from mlx_mimo.errors import FormatError, UsageError
 from mlx_mimo.experts.header import read_header
 from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.plan import make_plan, subject_of
 from mlx_mimo.runtime import model_checks, released
 from mlx_mimo.runtime.budget import CHUNK, ItemBytes, measure
 from mlx_mimo.runtime.checks import FAILED, OK, SKIPPED, WARNING, disk_kind, mac_disk_kind
+from mlx_mimo.runtime.load import check_files
 from mlx_mimo.runtime.machine import GIB, imagined
 from mlx_mimo.runtime.model_checks import Headers
 
+EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "doctor_time.py"))
+# Of processor time, in which other work on the machine counts less. Idle, both end in under a second.
+MOST_SECONDS = 2.0
 MACHINE = [
     "python",
     "mlx",
@@ -145,26 +149,10 @@ def preview(capsys, directory, *arguments) -> dict:
     return run_doctor(capsys, directory, *arguments)[1]
 
 
-def sparse_release(path) -> None:
-    """The converted release at 4 bits, every header true and every weight a hole: 177 GB that take no room."""
-    config = released.CONFIG
-    wanted = shapes.trunk_shapes(config)
-    for layer in shapes.moe_layers(config):
-        wanted += shapes.expert_shapes(config, layer)
-    conversion = plan_conversion(config, [shape.name for shape in wanted], named("4bit"))
-    path.mkdir()
-    for output in conversion.files:
-        with open(path / output.name, "wb") as file:
-            file.write(output.header)
-            file.truncate(len(output.header) + sum(stored.nbytes for item in output.items for stored in item.stored))
-    (path / "model.safetensors.index.json").write_bytes(manifest.dump(manifest.index_json(conversion)))
-    (path / "config.json").write_bytes(manifest.dump(manifest.config_json(conversion)))
-
-
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     path = tmp_path_factory.mktemp("doctor") / "release"
-    sparse_release(path)
+    EXAMPLE["write_release"](path)
     return path
 
 
@@ -270,6 +258,57 @@ def test_each_header_is_read_once(directory, capsys, monkeypatch):
     monkeypatch.setattr(model_checks, "read_header", lambda path: read.append(path.name) or read_header(path))
     assert run_doctor(capsys, directory)[0] == 0
     assert sorted(read) == sorted(path.name for path in directory.glob("model*.safetensors"))
+
+
+@pytest.mark.parametrize("command", ["doctor", "plan"])
+def test_it_is_quick_at_the_released_models_size(release, command):
+    """109,000 tensors, in a process of its own, as a user starts it."""
+    words = [f"mlx_mimo.{command}", *([str(release)] if command == "doctor" else ["--all"])]
+    _, used = EXAMPLE["times"](words, repeats=3)
+    assert used < MOST_SECONDS
+
+
+# Files that cannot be read, and indices that are none
+
+
+def test_a_link_that_leads_nowhere(directory, capsys):
+    file = directory / "model-experts-2.safetensors"
+    file.unlink()
+    file.symlink_to(directory / "nowhere")
+    assert fails(capsys, directory) == {"model.files", "model.experts", "model.manifest"}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(directory, capsys):
+    (directory / "model-experts-2.safetensors").chmod(0)
+    assert {"model.files", "model.experts"} <= fails(capsys, directory)
+
+
+@pytest.mark.parametrize("value", [5, None, ["a"], {}])
+def test_an_index_of_something_else_than_names(directory, capsys, value):
+    index = directory / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"]["lm_head.weight"] = value
+    index.write_text(json.dumps(fields))
+    assert "model.files" in fails(capsys, directory)
+    with pytest.raises(FormatError, match=r"index\.json: not an index"):
+        check_files(directory)
+
+
+# What is said of memory is what plan says
+
+
+@pytest.mark.parametrize(("gib", "status"), [(16, WARNING), (24, OK)])
+def test_memory_is_judged_as_plan_judges_it(capsys, gib, status):
+    checks = run_doctor(capsys, "--sim-memory", f"{gib}GiB")[1]
+    planned = make_plan(subject_of(None, "2bit"), ModelArgs.from_dict(released.CONFIG), 32768, imagined("", gib * GIB))
+    assert checks["memory"]["status"] == status
+    assert (planned.forecast is not None) == (status == OK)
+
+
+def test_more_free_than_there_is_is_refused(capsys):
+    with pytest.raises(UsageError, match="--available"):
+        run_doctor(capsys, "--sim-memory", "64GB", "--sim-available", "65GB")
 
 
 def test_the_lines_name_id_and_hint(directory, capsys):

@@ -8,8 +8,10 @@ data_offsets), then the data, which the tensors must cover without gap or overla
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import FormatError
 
@@ -34,8 +36,7 @@ DTYPE_BITS = {
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):  # of which the released model has 109,000
     """One tensor of a file; `offset` is its first byte counted from the start of the file."""
 
     name: str
@@ -92,7 +93,7 @@ def parse_header(path: str | os.PathLike, text: bytes, file_bytes: int | None) -
     """A header from its JSON bytes. `file_bytes`, where known, must be what the offsets add up to."""
     path = Path(path)
     try:
-        fields = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
+        fields = json.loads(text.decode("utf-8"), object_pairs_hook=partial(_unique, path))
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
@@ -122,7 +123,7 @@ def _unique(path: Path, pairs: list) -> dict:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+    return type(value) is int and 0 <= value < 1 << 63  # neither a bool nor, from JSON, any other kind of int
 
 
 def _entry(path: Path, name: str, field: object, start: int) -> TensorEntry:
@@ -131,9 +132,9 @@ def _entry(path: Path, name: str, field: object, start: int) -> TensorEntry:
     dtype, shape, offsets = field.get("dtype"), field.get("shape"), field.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise FormatError(f"{path.name}: {name}: unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise FormatError(f"{path.name}: {name}: shape {shape!r} is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise FormatError(f"{path.name}: {name}: data_offsets {offsets!r} are not [begin, end]")
     nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
     if offsets[1] - offsets[0] != nbytes:

@@ -106,14 +106,15 @@ def expert_file_of(header: Header, layer: int) -> ExpertFile:
             raise FormatError(
                 f"{path.name}: expert {expert} has {len(tensors)} tensors, expert 0 has {len(layout.tensors)}"
             )
+        begin = file.offset(expert)
         for want in layout.tensors:
             found = tensors.get(want.name)
             if found is None or (found.dtype, found.shape) != (want.dtype, want.shape):
                 raise FormatError(f"{path.name}: expert {expert} {want.name} differs from expert 0's; convert again")
-            if found.offset != file.offset(expert) + want.offset:
+            if found.offset != begin + want.offset:
                 raise FormatError(
                     f"{path.name}: expert {expert} {want.name} lies at byte {found.offset:,}, "
-                    f"{file.offset(expert) + want.offset:,} expected: not expert-major; run mlx_mimo convert repack"
+                    f"{begin + want.offset:,} expected: not expert-major; run mlx_mimo convert repack"
                 )
     return file
 

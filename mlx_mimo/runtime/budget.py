@@ -148,7 +148,7 @@ def measure(directory: Path, args: ModelArgs, context: int, chunk: int, *item: i
     tensors = []
     for path in sorted(directory.glob("model*.safetensors")):
         if not path.name.startswith("model-mtp"):
-            tensors += read_header(path).tensors.values()
+            tensors += ((entry, 1) for entry in read_header(path).tensors.values())
     return budget_of(tensors, args, context, chunk, *item)
 
 
@@ -166,21 +166,22 @@ def estimate(config: dict, recipe: "Recipe", args: ModelArgs, context: int, chun
     for file in make_plan(small, [shape.name for shape in wanted], recipe).files:
         for output in file.items:
             many = output.source.kind == "router" or output.source.kind.startswith("experts.")
-            tensors += output.stored * (args.n_routed_experts if many else 1)
+            tensors += ((stored, args.n_routed_experts if many else 1) for stored in output.stored)
     return budget_of(tensors, args, context, chunk, *item)
 
 
-def budget_of(tensors: Iterable["Tensor"], args: ModelArgs, context: int, chunk: int, *item: int) -> Budget:
-    """`item` as ItemBytes has it; two numbers give experts what the trunk has."""
+def budget_of(tensors: Iterable[tuple["Tensor", int]], args: ModelArgs, context: int, chunk: int, *item: int) -> Budget:
+    """`tensors` are (one, how many there are of it). `item` is an ItemBytes; two numbers give experts what the trunk
+    has."""
     sizes = ItemBytes(*item) if len(item) == 3 else ItemBytes(*item, item[-1])
     trunk = experts = embedding = on_disk = 0
-    for tensor in tensors:
+    for tensor, many in tensors:
         if ".mlp.experts." in tensor.name or ".switch_mlp." in tensor.name:
-            experts += _in_memory(tensor, sizes.experts)
-            on_disk += tensor.nbytes
+            experts += many * _in_memory(tensor, sizes.experts)
+            on_disk += many * tensor.nbytes
             continue
         # Norms, sinks and biases meet the activations, so they have their type.
-        nbytes = _in_memory(tensor, sizes.trunk if len(tensor.shape) > 1 else sizes.activation)
+        nbytes = many * _in_memory(tensor, sizes.trunk if len(tensor.shape) > 1 else sizes.activation)
         trunk += nbytes
         if ".embed_tokens." in tensor.name:
             embedding += nbytes

@@ -7,6 +7,7 @@ from the system.
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -183,9 +184,13 @@ def backend_and_limits() -> tuple[str, dict]:
 
 
 def _cuda_wheel() -> bool:
-    from importlib.metadata import distributions
-
-    return any(d.name and d.name.startswith("mlx-cuda") for d in distributions())
+    # By the folders' names: importlib.metadata would read a file of every package that is installed.
+    return any(
+        name.startswith("mlx_cuda") and name.endswith("-info")
+        for path in sys.path
+        if os.path.isdir(path)
+        for name in os.listdir(path)
+    )
 
 
 def chip_name() -> str:

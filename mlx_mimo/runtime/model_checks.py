@@ -50,12 +50,14 @@ class Headers:
 
     def budget(self, args: ModelArgs, *item_bytes: int) -> Budget:
         """What loading would take, as `budget.measure` counts it."""
-        tensors = [
-            entry
-            for header in self.weights()
-            if not header.path.name.startswith("model-mtp")
-            for entry in header.tensors.values()
-        ]
+        many = {file.path.name: file.num_experts for file in self.experts.values()}
+        tensors = []
+        for header in self.weights():
+            name = header.path.name
+            if name in many:  # its experts are alike, as was checked
+                tensors += ((e, many[name]) for e in header.tensors.values() if ".mlp.experts.0." in e.name)
+            elif not name.startswith("model-mtp"):
+                tensors += ((entry, 1) for entry in header.tensors.values())
         return budget_of(tensors, args, usual_context(args), CHUNK, *item_bytes)
 
 
