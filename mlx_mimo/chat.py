@@ -229,10 +229,34 @@ def save_history(write: Callable[[Path], None], file: Path) -> None:
         os.umask(before)
 
 
+def converse(session: Chat, interactive: bool) -> bool:
+    """Answers messages and commands until they end; whether all went well."""
+    well = True
+    while True:
+        try:
+            line = read_line(interactive)
+        except EOFError:
+            return well
+        except KeyboardInterrupt:
+            print()
+            continue
+        try:
+            if line.startswith("/"):
+                if not session.command(line):
+                    return well
+            elif line.strip():
+                session.answer(line)
+        except MimoError as error:
+            well = False
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+
+
 def chat(args: argparse.Namespace) -> int:
     import mlx.core as mx
 
-    from .generate import end_residency
+    from .generate import end_residency, wired_limit
     from .runtime.load import load
 
     if args.seed is not None:
@@ -241,35 +265,16 @@ def chat(args: argparse.Namespace) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no text does not end the conversation
     model, tokenizer = load(args.model, adapter_path=args.adapter_path, **load_options(args))
-    session = Chat(model, tokenizer, args)
-    if interactive:
-        use_history()
-        print("/help lists the commands, /exit leaves.")
-    failed = False
     try:
-        while True:
-            try:
-                line = read_line(interactive)
-            except EOFError:
-                break
-            except KeyboardInterrupt:
-                print()
-                continue
-            if not line.strip():
-                continue
-            try:
-                if not line.startswith("/"):
-                    session.answer(line)
-                elif not session.command(line):
-                    break
-            except MimoError as error:
-                failed = True
-                print(f"error: {error}", file=sys.stderr)
-            except KeyboardInterrupt:
-                print(file=sys.stderr)
+        session = Chat(model, tokenizer, args)
+        if interactive:
+            use_history()
+            print("/help lists the commands, /exit leaves.")
+        with wired_limit(model, args.wired):
+            well = converse(session, interactive)
     finally:
         end_residency(model, args.profile)
-    return 1 if failed and not interactive else 0
+    return 0 if well or interactive else 1
 
 
 def main() -> int:

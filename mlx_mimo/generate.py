@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 
 from .arguments import (
@@ -74,14 +75,23 @@ def generate(args: argparse.Namespace) -> int:
         raise UsageError("--prompt: the prompt is empty; give some text, or - to read it from stdin")
     import mlx.core as mx
 
-    from .runtime.console import PrefillProgress, Printer
     from .runtime.load import load
-    from .runtime.sampling import sampler_for
-    from .runtime.stream import Response, stream_generate
 
     if args.seed is not None:
         mx.random.seed(args.seed)
     model, tokenizer = load(args.model, adapter_path=args.adapter_path, **load_options(args))
+    try:
+        return answer(model, tokenizer, args, text)
+    finally:
+        end_residency(model, args.profile)  # last: what it raises costs nobody the answer
+
+
+def answer(model, tokenizer, args: argparse.Namespace, text: str) -> int:
+    """Generates from one prompt and prints what the flags ask for; returns the exit code."""
+    from .runtime.console import PrefillProgress, Printer
+    from .runtime.sampling import sampler_for
+    from .runtime.stream import Response, stream_generate
+
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     prompt = build_prompt(tokenizer, args, text)
@@ -90,10 +100,9 @@ def generate(args: argparse.Namespace) -> int:
     ids: list[int] = []
     pieces: list[str] = []
     last: Response | None = None
-    reason = None
-    wired = wired_limit(model) if args.wired else None
+    reason = "length" if args.max_tokens == 0 else None
     try:
-        with PrefillProgress(sys.stderr) as progress:
+        with wired_limit(model, args.wired), PrefillProgress(sys.stderr) as progress:
             for last in stream_generate(
                 model,
                 tokenizer,
@@ -111,27 +120,22 @@ def generate(args: argparse.Namespace) -> int:
                 reason = last.finish_reason
     except KeyboardInterrupt:
         reason = "interrupted"
-    finally:
-        if wired is not None:
-            wired()
-        end_residency(model, args.profile)
-    if args.max_tokens == 0:
-        reason = "length"
     if args.json:
         print(json.dumps(report(model, "".join(pieces), ids, len(tokens), last, reason), ensure_ascii=False))
     else:
         printer.end()
         print_statistics(model, len(tokens), last, reason)
+    sys.stdout.flush()
     return 130 if reason == "interrupted" else 0
 
 
-def wired_limit(model):
-    """Raises Metal's wired limit as mlx-lm does; returns what puts it back. Written for Metal, not run there."""
-    from mlx_lm.generate import wired_limit as context
+def wired_limit(model, wanted: bool) -> AbstractContextManager:
+    """Raises Metal's wired limit for a while as mlx-lm does, where that is wanted. Written for Metal, not run there."""
+    if not wanted:
+        return nullcontext()
+    from mlx_lm.generate import wired_limit as raised
 
-    manager = context(model)
-    manager.__enter__()
-    return lambda: manager.__exit__(None, None, None)
+    return raised(model)
 
 
 def peak_memory_bytes() -> int:
@@ -173,9 +177,12 @@ def experts_report(model) -> dict | None:
 def end_residency(model, profile: str | None) -> None:
     """Saves the profile where one is asked for, and closes files and threads."""
     residency = getattr(model, "residency", None)
-    if residency is not None:
+    if residency is None:
+        return
+    try:
         if profile:
             residency.save_profile(profile)
+    finally:
         residency.close()
 
 

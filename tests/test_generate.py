@@ -102,6 +102,21 @@ def test_max_tokens_0_generates_nothing():
     assert (report["text"], report["token_ids"], report["finish_reason"]) == ("", [], "length")
 
 
+@pytest.mark.parametrize("flags", [("--json",), ()])
+def test_the_answer_comes_before_a_profile_that_cannot_be_written(flags, tmp_path):
+    profile = tmp_path / "no such folder" / "use.json"
+    arguments = ("--prompt", "hello", "-m", 3, "--temp", 0, "--expert-memory", "100kB", "--profile", profile)
+    result = mimo("--model", converted_directory(), *arguments, *flags)
+    assert result.returncode == 1
+    assert f"{profile}: profile cannot be written" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    if flags:
+        assert len(json.loads(result.stdout)["token_ids"]) == 3
+    else:
+        assert result.stdout.strip()
+        assert "prompt tokens at" in result.stderr
+
+
 def test_a_prompt_longer_than_the_context():
     result = mimo("--model", converted_directory(), "--prompt", "-", stdin="x" * 300_000)
     assert result.returncode == 2

@@ -44,6 +44,14 @@ def test_generate_streams_experts_and_says_what_the_resident_model_says(tmp_path
     assert profile.exists(), "our residency did not run"
 
 
+def test_a_profile_that_cannot_be_written_is_one_line_at_the_end(tmp_path):
+    profile = tmp_path / "no such folder" / "use.npz"
+    result = mlx_lm("bridged", "generate", *GREEDY, settings={"MLX_MIMO_PROFILE": str(profile)})
+    assert generated(result)
+    assert result.stderr.splitlines()[-1].startswith(f"mlx_mimo: error: {profile}: profile cannot be written")
+    assert "Traceback" not in result.stderr
+
+
 @EITHER
 def test_chat(kind):
     said = succeeded(mlx_lm(kind, "chat", "--max-tokens", 4, "--temp", 0, stdin="hello\nand now\nq\n"))

@@ -7,6 +7,7 @@ the slots where they would have been.
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -220,14 +221,23 @@ class _WithResidency(_Bridged, TrunkModel):
         if settings.profile is not None and settings.profile.exists():
             self.residency.load_profile(settings.profile)
         # mlx-lm's commands have no end that we could see.
-        atexit.register(self._end_residency)
+        atexit.register(self._at_exit)
+
+    def _at_exit(self) -> None:
+        try:
+            self._end_residency()
+        except MimoError as error:
+            print(f"mlx_mimo: error: {error}", file=sys.stderr)
 
     def _end_residency(self) -> None:
-        if self.residency is not None:
+        residency, self.residency = self.residency, None
+        if residency is None:
+            return
+        try:
             if self._settings.profile is not None:
-                self.residency.save_profile(self._settings.profile)
-            self.residency.close()
-            self.residency = None
+                residency.save_profile(self._settings.profile)
+        finally:
+            residency.close()
 
     def train(self, mode: bool = True) -> nn.Module:
         """Training wants gradients: when it begins, the experts become mlx-lm's own modules, whole and resident.

@@ -79,14 +79,20 @@ def load(
         )
     model.synchronous = on_cpu() or bool(model.residency and not model.residency.all_resident)
     model.generation_defaults = generation_defaults(directory.path)
-    if adapter_path is not None:
-        model = put_adapter(model, adapter_path)
-    if trace is not None:
-        _residency_of(model, directory, "--trace").trace_to(trace)
-    if profile is not None and Path(profile).exists():
-        with _Bar("reading experts", progress) as bar:
-            _residency_of(model, directory, "--profile").load_profile(profile, bar)
-    return model, load_tokenizer(directory, tokenizer_config)
+    residency = model.residency
+    try:
+        if adapter_path is not None:
+            model = put_adapter(model, adapter_path)
+        if trace is not None:
+            _residency_of(model, directory, "--trace").trace_to(trace)
+        if profile is not None and Path(profile).exists():
+            with _Bar("reading experts", progress) as bar:
+                _residency_of(model, directory, "--profile").load_profile(profile, bar)
+        return model, load_tokenizer(directory, tokenizer_config)
+    except BaseException:
+        if residency is not None:
+            residency.close()
+        raise
 
 
 def on_cpu() -> bool:

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import threading
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
+import psutil
 import pytest
 from converted import converted_directory, fp8_directory
 from mlx_lm.generate import BatchGenerator
@@ -245,3 +247,26 @@ def test_empty_and_too_long_prompts(resident):
         next(stream_generate(model, tokenizer, []))
     with pytest.raises(UsageError, match="max_position_embeddings"):
         next(stream_generate(model, tokenizer, [65] * (model.args.max_position_embeddings + 1)))
+
+
+@pytest.mark.parametrize("failing", ["adapter", "trace", "tokenizer"])
+def test_what_fails_after_the_experts_were_attached_closes_their_files(failing, damaged, tmp_path):
+    options = {"expert_memory": "100kB"}
+    if failing == "adapter":
+        options["adapter_path"] = tmp_path / "adapter"
+        options["adapter_path"].mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text('{"lora_parameters": {}}')
+        mx.save_safetensors(str(tmp_path / "adapter" / "adapters.safetensors"), {"model.other": mx.zeros((2,))})
+    elif failing == "trace":
+        options["trace"] = tmp_path / "no such folder" / "routes"
+    else:
+        (damaged / "tokenizer.json").write_text("{")
+    threads, files = threading.active_count(), open_files(damaged)
+    with pytest.raises(Exception) as raised:
+        load(damaged, **options)
+    del raised  # with the frames that hold the model
+    assert (threading.active_count(), open_files(damaged)) == (threads, files)
+
+
+def open_files(directory) -> list[str]:
+    return sorted(file.path for file in psutil.Process().open_files() if str(directory) in file.path)
