@@ -43,3 +43,27 @@ def demo_directory(recipe: str = "4bit") -> Path:
     path = _root() / f"demo-{recipe}"
     convert_checkpoint(DEMO_CHECKPOINT, path, recipe=recipe, progress=False)
     return path
+
+
+def stacked_directory(path: Path) -> Path:
+    """`converted_directory` as mlx-lm lays it out: an expert cannot be read alone. Written into an empty `path`."""
+    import shutil
+
+    import mlx.core as mx
+
+    source = converted_directory()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, path)
+    weights = {}
+    for file in source.glob("model-trunk-*.safetensors"):
+        weights |= mx.load(str(file))
+    for layer, file in enumerate(sorted(source.glob("model-experts-*.safetensors")), 1):
+        experts = mx.load(str(file))
+        tensors = {name.split(".experts.")[1].partition(".")[2] for name in experts}
+        for tensor in tensors:
+            rows = [
+                experts[f"model.layers.{layer}.mlp.experts.{e}.{tensor}"] for e in range(len(experts) // len(tensors))
+            ]
+            weights[f"model.layers.{layer}.mlp.switch_mlp.{tensor}"] = mx.stack(rows)
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return path

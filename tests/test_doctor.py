@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from converted import converted_directory, fp8_directory
+from converted import converted_directory, fp8_directory, stacked_directory
 
 from mlx_mimo.doctor import build_parser, doctor
 from mlx_mimo.errors import FormatError, UsageError
@@ -216,23 +216,7 @@ def test_a_cpu_is_previewed_with_what_float32_takes(release, capsys):
 
 
 def test_stacked_experts_must_all_fit(tmp_path, capsys):
-    import mlx.core as mx
-
-    source = converted_directory()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / name, tmp_path)
-    weights = {}
-    for file in source.glob("model-trunk-*.safetensors"):
-        weights |= mx.load(str(file))
-    for layer, file in enumerate(sorted(source.glob("model-experts-*.safetensors")), 1):
-        experts = mx.load(str(file))
-        tensors = {name.split(".experts.")[1].partition(".")[2] for name in experts}
-        for tensor in tensors:
-            rows = [
-                experts[f"model.layers.{layer}.mlp.experts.{e}.{tensor}"] for e in range(len(experts) // len(tensors))
-            ]
-            weights[f"model.layers.{layer}.mlp.switch_mlp.{tensor}"] = mx.stack(rows)
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    stacked_directory(tmp_path)
     checks = preview(capsys, tmp_path, "--sim-memory", "64GB")
     assert checks["model.experts"]["status"] == WARNING
     assert "(100%)" in checks["model.memory"]["found"]

@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 from checkpoints import tiny_config
-from converted import converted_directory, fp8_directory
+from converted import converted_directory, fp8_directory, stacked_directory
 
 from mlx_mimo.errors import MimoError, UsageError
+from mlx_mimo.experts import simulate as simulate_module
+from mlx_mimo.experts import trace as trace_module
 from mlx_mimo.experts.trace import TraceWriter
 from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.plan import advice, build_parser, make_plan, plan, subject_of, tokens
@@ -50,6 +52,16 @@ def test_choices_on_seven_machines(gib, disk, bandwidth, recipe, slots, chunk, d
     assert found.prefill_tps.expected == pytest.approx(prefill, abs=0.5)
     assert found.all_resident == (slots == 12032)
     assert found.total_bytes < working_set(gib * GIB)
+
+
+@pytest.mark.parametrize(("kernels", "slots", "decode"), [(True, 3359, 1.16), (False, 3000, 1.08)])
+def test_choices_on_a_cpu(monkeypatch, kernels, slots, decode):
+    """64 GiB, two memory channels, a good SSD. Without the kernels scales and trunk are float32."""
+    monkeypatch.setattr("mlx_mimo.cpu.available", lambda: kernels)
+    machine = imagined("cpu", 64 * GIB, 3e9, 40e9, backend="cpu")
+    planned = make_plan(subject_of(None, "4bit"), ARGS, 32768, machine)
+    assert (planned.forecast.slots, planned.budget.chunk) == (slots, 2048)
+    assert planned.forecast.decode_tps.expected == pytest.approx(decode, abs=0.005)
 
 
 def run_plan(capsys, *arguments) -> dict:
@@ -179,6 +191,145 @@ def test_a_trace_replaces_the_assumed_hit_rate(tmp_path, capsys):
         run_plan(capsys, "--trace", trace, "--memory", "64GB")
 
 
+def test_the_source_of_the_hit_rate_is_said(tmp_path, capsys):
+    trace = write_trace(tmp_path / "trace.bin")
+    base = ("--model", converted_directory(), "--context", 1000, "--memory", "64GB", "--expert-memory", "120kB")
+    assumed, known = (run_plan(capsys, *base, *more)["assumptions"] for more in ((), ("--trace", trace)))
+    assert [line for line in assumed if line.startswith("hit rates as others measured")]
+    assert [line for line in known if line.startswith("hit rates of trace.bin, replayed")]
+    assert not [line for line in known if "others" in line]
+
+
+def test_with_everything_resident_a_trace_reads_nothing(tmp_path, capsys):
+    """Its cold misses belong to a pool that is empty at first; what was read before the first token is never missed."""
+    trace = write_trace(tmp_path / "trace.bin", calls=2)
+    fields = run_plan(capsys, "--model", converted_directory(), "--context", 1000, "--memory", "64GB", "--trace", trace)
+    assert fields["experts"]["all_resident"]
+    assert fields["forecast"]["hit_rate"] == {"low": 1.0, "expected": 1.0, "high": 1.0}
+    assert fields["forecast"]["disk_bytes_per_token"]["high"] == 0
+
+
+def test_a_trace_that_is_none_is_an_error_and_no_verdict_on_the_memory(tmp_path, capsys):
+    base = ("--model", converted_directory(), "--context", 1000, "--memory", "64GB")
+    (tmp_path / "damaged.bin").write_bytes(b"not a trace at all")
+    for name, message in (("missing.bin", "cannot be read"), ("damaged.bin", "not a routing trace")):
+        with pytest.raises(MimoError, match=message):
+            run_plan(capsys, *base, "--trace", tmp_path / name)
+    with pytest.raises(UsageError, match="without a single token"):
+        run_plan(capsys, *base, "--trace", write_trace(tmp_path / "empty.bin", calls=0))
+
+
+def test_a_trace_is_read_once_and_simulated_once_for_each_size(tmp_path, monkeypatch):
+    reads, runs = [], []
+    read, run = trace_module.read_trace, simulate_module.simulate
+    monkeypatch.setattr(trace_module, "read_trace", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(
+        simulate_module,
+        "simulate",
+        lambda trace, policy, slots, **more: runs.append(slots) or run(trace, policy, slots, **more),
+    )
+    trace = write_trace(tmp_path / "trace.bin", layers=ARGS.moe_layers, experts=256, calls=4)
+    assert plan(build_parser().parse_args(["--all", "--json", "--trace", str(trace)])) == 0
+    assert len(reads) == 1
+    assert len(runs) == 2 * len(set(runs)) < 2 * len(MACS)  # LFU and LRU; Macs of one memory have the same slots
+
+
+def test_advice_keeps_to_the_memory_and_the_trace_that_were_given(tmp_path, capsys):
+    """With 20 GB for experts, more memory changes nothing; with a trace, what helps is told by its hits."""
+    base = ("--memory", "64GB", "--ssd", "6GB/s", "--bandwidth", "273GB/s")
+    assert any("more memory" in row["what"] for row in run_plan(capsys, *base)["would_help"])
+    fixed = run_plan(capsys, *base, "--expert-memory", "20GB")
+    assert not any("more memory" in row["what"] for row in fixed["would_help"])
+    assert any("a smaller recipe" in row["what"] for row in fixed["would_help"])
+    trace = write_trace(tmp_path / "trace.bin", layers=ARGS.moe_layers, experts=256, calls=4)
+    told = run_plan(capsys, *base, "--expert-memory", "20GB", "--trace", trace)
+    speed = told["forecast"]["decode_tps"]["expected"]
+    faster = next(row for row in told["would_help"] if "a faster disk" in row["what"])
+    assert speed < faster["decode_tps"] <= 2 * speed  # the assumed hit rates would make it more than that
+    assert told["forecast"]["hit_rate"]["expected"] < fixed["forecast"]["hit_rate"]["expected"] / 2
+
+
+# How much is needed
+
+
+def test_a_size_fits_only_with_all_that_goes_with_it(capsys):
+    """24 GB free, of which 18 go into experts: trunk, caches and activations do not go into the rest."""
+    base = ("--memory", "40GB", "--available", "24GB")
+    fields = run_plan(capsys, *base, "--expert-memory", "18GB")
+    assert (fields["exit"], fields["fits"]) == (1, False)
+    assert "--expert-memory asks for 18.0 GB, and 7.5 GB are needed besides" in fields["refusal"]
+    least = run_plan(capsys, *base, "--expert-memory", "16GB")
+    assert least["fits"]
+    assert least["bytes"]["total"] <= 24 * GB
+
+
+def test_a_size_that_loading_would_accept_is_no_refusal_of_a_small_machine(capsys):
+    """auto leaves the system 4 GB; who names a size has decided for himself."""
+    base = ("--memory", "16GB", "--available", "11GB")
+    assert not run_plan(capsys, *base)["fits"]
+    fields = run_plan(capsys, *base, "--expert-memory", "3GB")
+    assert fields["fits"]
+    assert fields["experts"]["slots"] == 3 * GB // fields["experts"]["slot_bytes"]
+    assert fields["chunk"] == 512
+
+
+def test_what_is_missing_is_said_once_and_not_twice(capsys):
+    refusal = run_plan(capsys, "--memory", "16GB")["refusal"]
+    assert "7.5 GB are needed before the first expert, and 4.0 GB are left to the system" in refusal
+
+
+def test_the_chunk_is_printed(capsys):
+    fields = run_plan(capsys, "--memory", "128GB")
+    assert fields["chunk"] == 4096
+    assert any("chunks of 4096" in line for line in fields["assumptions"])
+    plan(build_parser().parse_args(["--memory", "128GB"]))
+    assert "of a prefill chunk of 4,096 tokens" in capsys.readouterr().out
+
+
+# What is there already
+
+
+def quantised(directory, quantization: dict):
+    config = {name: value for name, value in tiny_config().items() if name != "quantization_config"}
+    (directory / "config.json").write_text(json.dumps(config | {"quantization": quantization}))
+    return directory
+
+
+EXPERTS = "model.layers.2.mlp.switch_mlp."
+
+
+@pytest.mark.parametrize(
+    ("quantization", "recipe"),
+    [
+        ({"group_size": 64, "bits": 8}, "8bit"),
+        ({"group_size": 64, "bits": 3, "mode": "affine"}, "3bit"),
+        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "mxfp4"),
+        ({"group_size": 64, "bits": 6, "model.layers.0.self_attn.q_proj": {"group_size": 64, "bits": 8}}, "6bit"),
+        ({"group_size": 32, "bits": 4}, None),
+        ({"group_size": 64, "bits": 4, f"{EXPERTS}down_proj": {"group_size": 64, "bits": 6}}, None),
+    ],
+)
+def test_what_mlx_lm_quantised_is_planned_with_its_bits(tmp_path, capsys, quantization, recipe):
+    arguments = ("--model", quantised(tmp_path, quantization), "--context", 1000, "--memory", "64GB")
+    if recipe is None:
+        with pytest.raises(UsageError, match="give --recipe"):
+            run_plan(capsys, *arguments)
+        recipe = "5bit"
+        arguments += ("--recipe", recipe)
+    fields = run_plan(capsys, *arguments)
+    assert fields["recipe"] == recipe
+    assert fields["experts"]["slot_bytes"] == run_plan(capsys, *arguments, "--recipe", recipe)["experts"]["slot_bytes"]
+
+
+def test_stacked_experts_must_all_fit(tmp_path, capsys):
+    """A directory as mlx-lm writes it cannot stream, so plan says what loading would say."""
+    directory = stacked_directory(tmp_path)
+    fields = run_plan(capsys, "--model", directory, "--memory", "64GB")
+    assert (fields["recipe"], fields["experts"]["all_resident"]) == ("4bit", True)
+    fields = run_plan(capsys, "--model", directory, "--memory", "64GB", "--available", "1MB")
+    assert "stacked ones must all be resident" in fields["refusal"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -188,6 +339,15 @@ def test_a_trace_replaces_the_assumed_hit_rate(tmp_path, capsys):
         (["--memory", "lots"], "24GB"),
         (["--memory", "64GB", "--ssd", "quick"], "6GB/s"),
         (["--expert-memory", "some"], "24GB"),
+        (["--memory", "64GB", "--ssd", "6"], "a unit"),
+        (["--memory", "64GB", "--bandwidth", "0.5"], "6GB/s"),
+        (["--memory", "64GB", "--ssd", "10Gb/s"], "bits"),
+        (["--memory", "64GB", "--available", "65GB"], "--available"),
+        (["--all", "--memory", "64GB"], "--all"),
+        (["--all", "--ssd", "6GB/s"], "--all"),
+        (["--all", "--bandwidth", "400GB/s"], "--all"),
+        (["--all", "--available", "6GB"], "--all"),
+        (["--all", "--backend", "cpu"], "--all"),
     ],
 )
 def test_wrong_flags_are_refused(arguments, message):
