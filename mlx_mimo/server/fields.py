@@ -70,6 +70,13 @@ def label(name: str, value: Any) -> Any:
     return value
 
 
+def known(where: str, value: dict, *names: str) -> None:
+    """Refuses what nobody would look at. Null counts as absent, as everywhere."""
+    for name in value:
+        if name not in names and value[name] is not None:
+            raise refuse(f"{where}.{name[:64]}", "this server has no such field", code="unsupported_parameter")
+
+
 def stop(name: str, value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or len(values) > 16:
@@ -120,11 +127,11 @@ _SAMPLING: dict[str, Check] = {
     "xtc_probability": number(0, 1),
     "xtc_threshold": number(0, 0.5),
     "repetition_penalty": number(0, 10),
-    "repetition_context_size": integer(0, 100_000),
+    "repetition_context_size": integer(1, 100_000),
     "presence_penalty": number(-2, 2),
-    "presence_context_size": integer(0, 100_000),
+    "presence_context_size": integer(1, 100_000),
     "frequency_penalty": number(-2, 2),
-    "frequency_context_size": integer(0, 100_000),
+    "frequency_context_size": integer(1, 100_000),
     "logit_bias": logit_bias,
     "seed": integer(0, 2**63 - 1),
     "stop": stop,
@@ -163,6 +170,7 @@ def table(chat: bool) -> dict[str, Check]:
         "metadata": label,
         "safety_identifier": label,
         "prompt_cache_key": label,
+        "prompt_cache_retention": label,
         "store": only(False),
         "service_tier": only("auto", "default"),
         "modalities": only(["text"]),

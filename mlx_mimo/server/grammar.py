@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import tool_choice
-from .fields import refuse
+from .fields import boolean, known, refuse, text
 from .tool_choice import ToolChoice
 
 
@@ -28,13 +28,20 @@ def read(value: Any) -> dict | None:
     if value is None:
         return None
     kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise refuse("response_format.type", "text, json_object or json_schema expected")
+    known("response_format", value, "type", *(("json_schema",) if kind == "json_schema" else ()))
     if kind == "text":
         return None
     if kind == "json_object":
         return {"type": "object"}
-    if kind != "json_schema":
-        raise refuse("response_format.type", "text, json_object or json_schema expected")
     wrapper = value.get("json_schema")
+    if isinstance(wrapper, dict):
+        where = "response_format.json_schema"
+        known(where, wrapper, "name", "description", "schema", "strict")
+        text(f"{where}.name", wrapper.get("name") or "")
+        text(f"{where}.description", wrapper.get("description") or "")
+        boolean(f"{where}.strict", wrapper.get("strict") or False)
     schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
     if not isinstance(schema, dict):
         raise refuse("response_format.json_schema.schema", "a JSON schema expected")

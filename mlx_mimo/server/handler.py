@@ -15,6 +15,7 @@ from .access import Access
 from .answers import Answers
 from .errors import Disconnected, RequestError
 from .metrics import Metrics
+from .template import template_variables
 from .tool_choice import ToolChoice
 from .worker import POLL_SECONDS, Arguments, Worker, wait_until
 
@@ -201,9 +202,11 @@ class Handler(Answers):
         self.complete(request, arguments, values)
 
     def post_message(self) -> None:
-        values = self._values(chat=True, body=anthropic.as_chat(self.read_body()))
+        body, begun = anthropic.as_chat(self.read_body())
+        values = self._values(chat=True, body=body)
         request, choice = self._chat(values)
         arguments = self._arguments(values, False, 0)
+        arguments.begin_with(begun)
         arguments.grammar = self._grammar(None, choice, arguments)
         stop = values.get("stop", [])
         with self.site.worker.place(), self.generation(request, arguments, stop, choice) as generation:
@@ -218,9 +221,11 @@ class Handler(Answers):
 
     def post_count(self) -> None:
         """How long the prompt of a message would be; nothing is generated."""
-        values = self._values(chat=True, body=anthropic.as_chat(self.read_body(), counting=True))
+        body, begun = anthropic.as_chat(self.read_body(), counting=True)
+        values = self._values(chat=True, body=body)
         request, _ = self._chat(values)
         arguments = self._arguments(values, False, 0)
+        arguments.begin_with(begun)
         self.send_json({"input_tokens": self.site.worker.count(request, arguments)})
 
     def post_prompt_cache(self) -> None:
@@ -270,9 +275,9 @@ class Handler(Answers):
         return values
 
     def _arguments(self, values: dict, logprobs: bool, top: int) -> Arguments:
-        template = dict(values.get("chat_template_kwargs", {}))
-        if "reasoning_effort" in values:
-            template.setdefault("enable_thinking", values["reasoning_effort"] != "none")
+        template = self._template_arguments(values)
+        limits = {name: values[name] for name in ("max_completion_tokens", "max_tokens") if name in values}
+        limit = min(limits, key=limits.get, default="max_tokens")
         defaults = self.site.worker.cli_args
         vocabulary = self.site.worker.model_provider.model.args.vocab_size
         if any(token >= vocabulary for token in values.get("logit_bias", ())):
@@ -290,6 +295,8 @@ class Handler(Answers):
         }
         # Probabilities are sorted up to the k-th: more than there are would be an error deep inside.
         sampling["top_k"] = 0 if sampling["top_k"] >= vocabulary else sampling["top_k"]
+        if values.get("top_p") == 0:  # to mlx-lm that is none at all; as few tokens as can be is the likeliest
+            sampling["temperature"] = 0.0
         return Arguments(
             model=ModelDescription("default_model", "default_model", None),
             sampling=SamplingArguments(**sampling),
@@ -303,10 +310,24 @@ class Handler(Answers):
                 frequency_context_size=values.get("frequency_context_size", 20),
             ),
             stop_words=[],  # found in the text instead: a stop word may begin and end within a token
-            max_tokens=values.get("max_completion_tokens", values.get("max_tokens", 0)),
+            max_tokens=limits.get(limit, 0),
+            limit_name=limit,
             num_draft_tokens=0,
             logprobs=logprobs,
             top_logprobs=top,
             seed=values.get("seed"),
             chat_template_kwargs=template,
         )
+
+    def _template_arguments(self, values: dict) -> dict:
+        """What the request sets for the chat template, which has to have such variables."""
+        template = dict(values.get("chat_template_kwargs", {}))
+        names = {name: f"chat_template_kwargs.{name}" for name in template}
+        if "reasoning_effort" in values and "enable_thinking" not in template:
+            template["enable_thinking"] = values["reasoning_effort"] != "none"
+            if template["enable_thinking"]:
+                names["enable_thinking"] = "thinking" if self._is_anthropic else "reasoning_effort"
+        variables = template_variables(self.site.worker.model_provider.tokenizer) if names else frozenset()
+        for name in names.keys() - variables:
+            raise fields.refuse(names[name], "the model's chat template has no such variable")
+        return template

@@ -1,10 +1,11 @@
 """Messages, prompts and tools of a request, checked before the generation thread sees them."""
 
 import json
+from itertools import groupby
 from typing import Any
 
 from .body import check_unicode
-from .fields import refuse, text
+from .fields import known, refuse, text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 MOST_MESSAGES = 2000
@@ -12,10 +13,12 @@ MOST_TOOLS = 256
 
 
 def messages(value: Any) -> list[dict]:
-    """Chat messages with plain text as content. Raises RequestError naming message and field."""
+    """Chat messages with plain text as content, results of tools in the order of their calls. Raises RequestError
+    naming message and field.
+    """
     if not isinstance(value, list) or not 0 < len(value) <= MOST_MESSAGES:
         raise refuse("messages", f"a list of 1 to {MOST_MESSAGES} messages expected")
-    return [_message(f"messages[{i}]", message) for i, message in enumerate(value)]
+    return in_order_of_calls([(f"messages[{i}]", _message(f"messages[{i}]", item)) for i, item in enumerate(value)])
 
 
 def _message(where: str, message: Any) -> dict:
@@ -24,31 +27,70 @@ def _message(where: str, message: Any) -> dict:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise refuse(f"{where}.role", f"one of {', '.join(ROLES)} expected")
-    known = {"role", "content", "name"}
-    result = {"role": ROLES[role]}
-    if role == "assistant":
-        known |= {"tool_calls", "reasoning", "reasoning_content", "refusal", "annotations", "audio", "function_call"}
-        for name in ("refusal", "annotations", "audio", "function_call"):
-            if message.get(name):
-                raise refuse(f"{where}.{name}", "not supported")
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        if reasoning is not None:
-            result["reasoning_content"] = result["reasoning"] = text(f"{where}.reasoning_content", reasoning)
-        calls = message.get("tool_calls")
-        if calls is not None:
-            if not isinstance(calls, list):
-                raise refuse(f"{where}.tool_calls", "a list expected")
-            if calls:
-                result["tool_calls"] = [_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
-    elif role == "tool":
-        known |= {"tool_call_id"}
-    for name in message.keys() - known:
-        raise refuse(f"{where}.{name[:64]}", "this server has no such field", code="unsupported_parameter")
     content = message.get("content")
     if content is None and role != "assistant":
         raise refuse(f"{where}.content", "text expected, nothing found")
-    result["content"] = _content(f"{where}.content", content)
+    result = {"role": ROLES[role], "content": _content(f"{where}.content", content)}
+    if role == "assistant":
+        return result | _answer(where, message)
+    if role == "tool":
+        known(where, message, "role", "content", "tool_call_id", "name")
+        for name in ("tool_call_id", "name"):
+            if message.get(name) is not None or name == "tool_call_id":
+                result[name] = text(f"{where}.{name}", message.get(name))
+    else:
+        known(where, message, "role", "content")
     return result
+
+
+def _answer(where: str, message: dict) -> dict:
+    """What an assistant's message has beside its content."""
+    unsupported = ("refusal", "annotations", "audio", "function_call")
+    known(where, message, "role", "content", "tool_calls", "reasoning", "reasoning_content", *unsupported)
+    for name in unsupported:
+        if message.get(name):  # clients send back what they got: an empty list, for one
+            raise refuse(f"{where}.{name}", "not supported")
+    result = {}
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if reasoning is not None:
+        result["reasoning_content"] = result["reasoning"] = text(f"{where}.reasoning_content", reasoning)
+    calls = message.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise refuse(f"{where}.tool_calls", "a list expected")
+    if calls:
+        result["tool_calls"] = [_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
+    return result
+
+
+def in_order_of_calls(named: list[tuple[str, dict]], id_field: str = "tool_call_id") -> list[dict]:
+    """Messages, each with its place in the request, results sorted: the order alone tells the model which is whose."""
+    ordered: list[dict] = []
+    for are_results, group in groupby(named, key=lambda item: item[1]["role"] == "tool"):
+        if are_results:
+            calls = ordered[-1].get("tool_calls", []) if ordered else []
+            ordered += _results(calls, list(group), id_field)
+        else:
+            ordered += [message for _, message in group]
+    return ordered
+
+
+def _results(calls: list[dict], results: list[tuple[str, dict]], id_field: str) -> list[dict]:
+    waiting: list[str | None] = [call["id"] for call in calls]
+    placed: dict[int, dict] = {}
+    for where, message in results:
+        one = message["tool_call_id"]
+        if one not in waiting:
+            raise refuse(f"{where}.{id_field}", f"{one[:100]!r}: the message before has no call of this id to answer")
+        place = waiting.index(one)
+        waiting[place] = None
+        function = calls[place]["function"]["name"]
+        if message.get("name", function) != function:
+            raise refuse(f"{where}.name", f"{function[:100]!r} expected, which is what the call with this id calls")
+        placed[place] = message
+    if len(placed) < len(calls):
+        missing = next(one for one in waiting if one is not None)
+        raise refuse(f"{results[-1][0]}.{id_field}", f"the result of call {missing[:100]!r} is missing")
+    return [placed[place] for place in sorted(placed)]
 
 
 def _content(where: str, content: Any) -> str:
@@ -62,6 +104,7 @@ def _content(where: str, content: Any) -> str:
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text":
             raise refuse(f"{where}[{i}]", "only parts of type text are supported")
+        known(f"{where}[{i}]", part, "type", "text", "cache_control")
         parts.append(text(f"{where}[{i}].text", part.get("text")))
     return "".join(parts)
 
@@ -70,6 +113,8 @@ def _call(where: str, call: Any) -> dict:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or call.get("type", "function") != "function":
         raise refuse(where, "an object with function expected")
+    known(where, call, "id", "type", "function", "index")
+    known(f"{where}.function", function, "name", "arguments")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
@@ -95,17 +140,28 @@ def tools(value: Any) -> list[dict] | None:
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         if not isinstance(function, dict):
             raise refuse(f"tools[{i}]", "a tool of type function expected")
-        if not text(f"tools[{i}].function.name", function.get("name")):
-            raise refuse(f"tools[{i}].function.name", "a name expected")
-        if function.get("strict"):
-            raise refuse(f"tools[{i}].function.strict", "not supported")
-        parameters = function.get("parameters")
-        if parameters is None:
-            continue
-        properties = parameters.get("properties", {}) if isinstance(parameters, dict) else None
-        if not isinstance(properties, dict) or not all(isinstance(item, dict) for item in properties.values()):
-            raise refuse(f"tools[{i}].function.parameters", "a JSON schema of type object expected")
+        known(f"tools[{i}]", tool, "type", "function", "cache_control")
+        _function(f"tools[{i}].function", function)
     return value
+
+
+def _function(where: str, function: dict) -> None:
+    known(where, function, "name", "description", "parameters", "strict")
+    if not text(f"{where}.name", function.get("name")):
+        raise refuse(f"{where}.name", "a name expected")
+    text(f"{where}.description", function.get("description") or "")
+    if function.get("strict") not in (None, False):
+        raise refuse(f"{where}.strict", "not supported")
+    check_schema(f"{where}.parameters", function.get("parameters"))
+
+
+def check_schema(where: str, parameters: Any) -> None:
+    """A tool's parameters; None where it has none."""
+    if parameters is None:
+        return
+    properties = parameters.get("properties", {}) if isinstance(parameters, dict) else None
+    if not isinstance(properties, dict) or not all(isinstance(item, dict) for item in properties.values()):
+        raise refuse(where, "a JSON schema of type object expected")
 
 
 def prompt(value: Any, vocab_size: int) -> str | list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import refuse
+from .fields import known, refuse
 
 _NAME = re.compile(r"[^\s<>]+")
 _JSON_TYPES = ("integer", "number", "boolean", "object", "array", "null")
@@ -37,6 +37,8 @@ def read(tools: list[dict] | None, choice: Any, parallel: bool = True) -> ToolCh
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
         raise refuse("tool_choice", "auto, none, required, or an object of type function with its name, expected")
+    known("tool_choice", choice, "type", "function")
+    known("tool_choice.function", function, "name")
     named = tuple(tool["function"] for tool in tools or () if tool["function"]["name"] == name)
     if not named:
         raise refuse("tool_choice", f"none of the tools is called {name[:100]!r}")

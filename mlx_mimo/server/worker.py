@@ -44,6 +44,14 @@ class Arguments(GenerationArguments):
     """mlx-lm's arguments, and what ours adds. `max_tokens` of 0 is what the context leaves, the default at most."""
 
     grammar: Grammar | None = None
+    limit_name: str = "max_tokens"  # what the request calls it
+    begun: str = ""  # text with which the answer begins, said already
+
+    def begin_with(self, text: str) -> None:
+        """The answer goes on from a text, which comes after any thoughts."""
+        if text:
+            self.begun = text
+            self.chat_template_kwargs = self.chat_template_kwargs | {"enable_thinking": False}
 
 
 class Steps(TimeBudget):
@@ -275,12 +283,12 @@ class Worker(ResponseGenerator):
                 future.set_exception(error)
 
     def _is_batchable(self, args: Arguments) -> bool:
-        return super()._is_batchable(args) and args.grammar is None
+        return super()._is_batchable(args) and args.grammar is None and not args.begun
 
     def _tokenize(self, tokenizer, request: CompletionRequest, args: Arguments):
         """mlx-lm's (prompt, segments, their types, first state, vision), its length checked."""
         found = self._encode(tokenizer, request, args)
-        self._check_length(len(found[0]), args)
+        self._check_length(len(found[0]), args, "prompt" if request.request_type == "text" else "messages")
         return found
 
     def _encode(self, tokenizer, request: CompletionRequest, args: Arguments):
@@ -289,23 +297,27 @@ class Worker(ResponseGenerator):
                 return super()._tokenize(tokenizer, request, args)
             return request.prompt, [request.prompt], ["assistant"], "normal", None
         try:
-            return super()._tokenize(tokenizer, request, args)
+            prompt, segments, kinds, state, vision = super()._tokenize(tokenizer, request, args)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             # A template is a program: what it cannot compute with is the request's doing.
             logging.info("the chat template failed", exc_info=True)
             message = f"messages: the model's chat template refuses them: {type(error).__name__}: {error}"
             raise RequestError(400, message[:1000], param="messages") from error
+        if args.begun:
+            begun = tokenizer.encode(args.begun, add_special_tokens=False)
+            prompt, segments, kinds = prompt + begun, [*segments, begun], [*kinds, "assistant"]
+        return prompt, segments, kinds, state, vision
 
-    def _check_length(self, prompt_tokens: int, args: Arguments) -> None:
+    def _check_length(self, prompt_tokens: int, args: Arguments, name: str) -> None:
         context = self.model_provider.model.args.max_position_embeddings
         most = min(context - 1, self.max_prompt_tokens or context)
         if prompt_tokens == 0 or prompt_tokens > most:
-            message = f"the prompt has {prompt_tokens:,} tokens; 1 to {most:,} expected"
-            raise RequestError(400, message, param="messages", code="context_length_exceeded")
+            message = f"{name}: {prompt_tokens:,} tokens found, 1 to {most:,} expected"
+            raise RequestError(400, message, param=name, code="context_length_exceeded")
         room = context - prompt_tokens
         if args.max_tokens > room:
-            message = f"max_tokens: {room:,} at most after {prompt_tokens:,} tokens of prompt"
-            raise RequestError(400, message, param="max_tokens", code="context_length_exceeded")
+            message = f"{args.limit_name}: {room:,} at most after {prompt_tokens:,} tokens of prompt"
+            raise RequestError(400, message, param=args.limit_name, code="context_length_exceeded")
         args.max_tokens = args.max_tokens or min(self.cli_args.max_tokens, room)
 
     def _serve_single(self, request, stream) -> None:
@@ -371,7 +383,7 @@ class Worker(ResponseGenerator):
         processors = _make_logits_processors(args)
         if args.grammar is not None:
             processors.append(args.grammar.processor(tokenizer, model.args.vocab_size))
-        detokenizer = tokenizer.detokenizer
+        detokenizer = _detokenizer(tokenizer, args.begun)
         tokens = list(prompt)
         steps = generate_step(
             mx.array(prompt[-1:]),
@@ -406,6 +418,15 @@ class Worker(ResponseGenerator):
             return  # stopped amid a forward pass, or a token ahead: not what any prompt begins with for certain
         entry.tokens = list(tokens[:computed])
         self.prompt_cache.give(entry)
+
+
+def _detokenizer(tokenizer, begun: str):
+    """One that has said `begun`: at the start of a text it would leave out a space."""
+    detokenizer = tokenizer.detokenizer
+    for token in tokenizer.encode(begun, add_special_tokens=False) if begun else ():
+        detokenizer.add_token(token)
+    _ = detokenizer.last_segment  # looking at it takes it away: the answer begins after it
+    return detokenizer
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:

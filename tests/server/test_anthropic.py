@@ -73,6 +73,104 @@ def test_results_of_tools_reach_the_prompt(claude, script):
     assert create(claude, conversation, tools=[TOOL]).content[0].text == "fine"
 
 
+USE = {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Graz"}}
+RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}
+
+
+@pytest.fixture
+def prompts(server, monkeypatch) -> list[str]:
+    """What the model is given to read."""
+    seen = []
+    tokenize = server.worker._tokenize
+
+    def look(tokenizer, *rest):
+        found = tokenize(tokenizer, *rest)
+        seen.append(tokenizer.decode(found[0]))
+        assert [token for segment in found[1] for token in segment] == found[0]
+        return found
+
+    monkeypatch.setattr(server.worker, "_tokenize", look)
+    return seen
+
+
+def test_results_are_in_the_order_of_their_calls_and_failures_are_told(claude, script, prompts):
+    uses = [USE, USE | {"id": "t2"}]
+    results = [RESULT | {"tool_use_id": "t2", "is_error": True, "content": "no such city"}, RESULT]
+    script.say("fine")
+    create(claude, [*USER, {"role": "assistant", "content": uses}, {"role": "user", "content": results}])
+    assert prompts[0].index("sunny") < prompts[0].index("error: no such city")
+
+
+def test_an_answer_goes_on_from_what_it_begins_with(server, claude, script, prompts):
+    conversation = [*USER, {"role": "assistant", "content": "Once upon"}]
+    script.say(" a time")
+    message = create(claude, conversation)
+    assert message.content[0].text == " a time"
+    assert prompts[0].endswith("<|im_start|>assistant\n<think></think>Once upon")
+    counted = claude.messages.count_tokens(model="tiny", messages=conversation)
+    assert counted.input_tokens == message.usage.input_tokens + message.usage.cache_read_input_tokens
+
+
+def test_what_clients_send_along_without_effect_is_taken(claude, script):
+    cached = {"cache_control": {"type": "ephemeral"}}
+    said = [{"type": "text", "text": "I look", "citations": None} | cached, USE | cached]
+    conversation = [
+        {"role": "user", "content": [{"type": "text", "text": "hello"} | cached]},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": [RESULT | {"is_error": False} | cached]},
+    ]
+    script.say("fine")
+    options = {"metadata": {"user_id": "me"}, "service_tier": "auto", "tools": [TOOL | cached]}
+    system = [{"type": "text", "text": "be polite"} | cached]
+    assert create(claude, conversation, system=system, **options).content[0].text == "fine"
+    script.say("fine")
+    message = create(claude)
+    back = [*USER, {"role": "assistant", "content": message.content}, *USER]
+    script.say("again")
+    assert create(claude, back).content[0].text == "again"
+
+
+ASSISTANT = {"role": "assistant", "content": [USE]}
+
+
+def results(**block) -> dict:
+    return {"role": "user", "content": [RESULT | block]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"messages": [USER[0] | {"name": "me"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]}, ".content[0].x"),
+        ({"messages": [ASSISTANT, results(x=1)]}, "messages[1].content[0].x"),
+        ({"messages": [ASSISTANT, results(is_error="no")]}, "messages[1].content[0].is_error"),
+        ({"messages": [ASSISTANT, results(tool_use_id="t9")]}, "messages[1].content[0].tool_use_id"),
+        ({"messages": [results()]}, "messages[0].content[0].tool_use_id"),
+        ({"messages": [{"role": "assistant", "content": [USE | {"x": 1}]}, results()]}, "messages[0].content[0].x"),
+        ({"messages": [{"role": "assistant", "content": [USE | {"input": 5}]}, results()]}, "[0].content[0].input"),
+        ({"messages": [{"role": "assistant", "content": [USE | {"name": 5}]}, results()]}, "[0].content[0].name"),
+        ({"messages": [*USER, ASSISTANT]}, "messages[1].content"),
+        ({"messages": [*USER, {"role": "assistant", "content": "a"}], "thinking": {"type": "enabled"}}, "thinking"),
+        ({"thinking": {"type": "enabled", "budget_tokens": "all"}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "disabled", "x": 1}}, "thinking.x"),
+        ({"tools": [TOOL | {"x": 1}]}, "tools[0].x"),
+        ({"tools": [TOOL | {"strict": True}]}, "tools[0].strict"),
+        ({"tools": [TOOL | {"name": ""}]}, "tools[0].name"),
+        ({"tools": [TOOL | {"input_schema": {"properties": 5}}]}, "tools[0].input_schema"),
+        ({"tools": [TOOL], "tool_choice": {"type": "auto", "x": 1}}, "tool_choice.x"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_p": 10**400}, "top_p"),
+        ({"messages": [USER[0] | {"content": "\ud800"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": [USE | {"input": {"a": "\ud800"}}]}, results()]}, ".input.a"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named_as_the_client_calls_it(server, fields, named):
+    body = {"max_tokens": 5, "messages": USER, "system": "be polite"} | fields
+    answer = requests.post(f"{server.url}/v1/messages", json=body, timeout=20)
+    assert answer.status_code == 400, answer.text
+    assert f"{named}: " in answer.json()["error"]["message"]
+
+
 def test_errors_have_anthropics_form(server, claude):
     with pytest.raises(anthropic.NotFoundError):
         claude.messages.create(model="other", messages=USER, max_tokens=1)

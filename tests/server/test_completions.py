@@ -67,6 +67,16 @@ def test_a_seed_repeats_an_answer_and_another_seed_does_not(client):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_top_p_of_nothing_takes_the_likeliest(client):
+    greedy = chat(client, temperature=0).choices[0].message.content
+    assert [chat(client, temperature=1, top_p=0, seed=s).choices[0].message.content for s in (1, 2)] == [greedy] * 2
+
+
+def test_the_smaller_limit_holds(client):
+    for limits in ({"max_tokens": 3, "max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 3}):
+        assert chat(client, logit_bias={"256": -100, "258": -100}, **limits).usage.completion_tokens == 3
+
+
 def test_a_stop_word_ends_the_answer_where_it_begins(client, script):
     script.say("one two three")
     answer = chat(client, stop=["o th", "zzz"], max_tokens=50).choices[0]
@@ -165,6 +175,25 @@ def test_the_answers_of_tools_reach_the_prompt(client):
     assert (
         chat(client, messages, tools=[WEATHER]).usage.prompt_tokens > chat(client, tools=[WEATHER]).usage.prompt_tokens
     )
+
+
+def test_results_of_tools_come_in_the_order_of_their_calls(server, client, monkeypatch):
+    """Whatever order they are sent in: the model is told nothing of ids."""
+    prompts = []
+    tokenize = server.worker._tokenize
+
+    def seen(tokenizer, *rest):
+        found = tokenize(tokenizer, *rest)
+        prompts.append(tokenizer.decode(found[0]))
+        return found
+
+    monkeypatch.setattr(server.worker, "_tokenize", seen)
+    calls = [{"id": one, "type": "function", "function": {"name": "weather", "arguments": "{}"}} for one in "ab"]
+    results = [{"role": "tool", "tool_call_id": one, "content": f"of {one}"} for one in "ab"]
+    for sent in (results, results[::-1]):
+        chat(client, [*USER, {"role": "assistant", "tool_calls": calls}, *sent], max_tokens=1)
+    assert prompts[0] == prompts[1]
+    assert prompts[0].index("of a") < prompts[0].index("of b")
 
 
 def test_text_completions_take_text_or_token_ids(client):

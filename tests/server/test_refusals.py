@@ -76,11 +76,20 @@ FIELDS = {
     "presence_penalty": [9],
     "frequency_penalty": ["x"],
     "repetition_penalty": [-1],
-    "tool_choice": ["required", "maybe", {"type": "function", "function": {"name": "f"}}, {"type": "allowed_tools"}],
+    "tool_choice": [
+        "required",
+        "maybe",
+        {"type": "function", "function": {"name": "f"}},
+        {"type": "allowed_tools"},
+        {"x": 1},
+    ],
     "parallel_tool_calls": ["no", 1],
     "tools": ["x", [5], [{"type": "web_search"}]],
     "response_format": ["json", {"type": "json_schema"}, {"type": "xml"}],
-    "chat_template_kwargs": [[], {"enable_thinking": "yes"}, {"tokenize": False}, {"x": {}}],
+    "chat_template_kwargs": [[], {"enable_thinking": "yes"}, {"tokenize": False}, {"x": {}}, {"thinking": True}],
+    "repetition_context_size": [0],
+    "presence_context_size": [0],
+    "frequency_context_size": [0],
     "store": [True],
     "modalities": [["audio"]],
     "messages": [[], "hi", [5], [{"role": "robot", "content": "x"}], [{"role": "user"}]],
@@ -102,20 +111,66 @@ def test_a_field_that_cannot_be_honoured_is_named(server, name):
         assert name in error["message"]
 
 
-def test_messages_must_be_text(server):
-    image = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}]
-    error = refused(post(server, {"messages": [{"role": "user", "content": image}]}), 400)
-    assert error["param"] == "messages[0].content[0]"
-    half = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
-    assert refused(post(server, half), 400)["param"] == "messages[0].content"
-
-
 HALF = "\ud800"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
 
 
 def called(arguments) -> dict:
     return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+CALL = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f"}}]}
+RESULT = {"role": "tool", "tool_call_id": "c", "content": "1"}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "user", "content": "hi", "name": "me"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "x": 1}]}]}, "[0].content[0].x"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}, "x": 1}]}, "tools[0].x"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "x": 1}}]}, "tools[0].function.x"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": 5}}]}, "function.description"),
+        ({"messages": [CALL | {"tool_calls": [CALL["tool_calls"][0] | {"x": 1}]}, RESULT]}, "tool_calls[0].x"),
+        (
+            {"messages": [CALL | {"tool_calls": [{"id": "c", "function": {"name": "f", "x": 1}}]}, RESULT]},
+            "messages[0].tool_calls[0].function.x",
+        ),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+        ({"response_format": SCHEMA | {"x": 1}}, "response_format.x"),
+        ({"response_format": {"type": "json_schema", "json_schema": SCHEMA["json_schema"] | {"x": 1}}}, "schema.x"),
+        ({"messages": [CALL, RESULT | {"tool_call_id": "d"}]}, "messages[1].tool_call_id"),
+        ({"messages": [CALL, {"role": "tool", "content": "1"}]}, "messages[1].tool_call_id"),
+        ({"messages": [CALL, RESULT, RESULT]}, "messages[2].tool_call_id"),
+        ({"messages": [RESULT]}, "messages[0].tool_call_id"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}, "x": 1}}, "tool_choice.x"),
+        ({"messages": [CALL, *GOOD["messages"], RESULT]}, "messages[2].tool_call_id"),
+        ({"messages": [CALL, RESULT | {"name": "g"}]}, "messages[1].name"),
+        ({"messages": [CALL | {"tool_calls": [called("{}"), called("{}") | {"id": "d"}]}, RESULT]}, "[1].tool_call_id"),
+    ],
+)
+def test_what_nobody_would_look_at_is_named(server, fields, param):
+    assert refused(post(server, GOOD | fields), 400)["param"].endswith(param)
+
+
+def test_what_clients_send_along_without_effect_is_taken(server):
+    message = {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]}
+    call = CALL["tool_calls"][0] | {"index": 0}
+    answer = CALL | {"content": None, "refusal": None, "annotations": [], "tool_calls": [call]}
+    tools = [{"type": "function", "function": {"name": "f", "strict": False}, "cache_control": None}]
+    labels = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "prompt_cache_key": "k"}
+    body = GOOD | {"messages": [message, answer, RESULT | {"name": "f"}], "tools": tools} | labels
+    assert post(server, body).status_code == 200
+
+
+def test_messages_must_be_text(server):
+    image = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}]
+    error = refused(post(server, {"messages": [{"role": "user", "content": image}]}), 400)
+    assert error["param"] == "messages[0].content[0]"
+    half = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    assert refused(post(server, half), 400)["param"] == "messages[0].content"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +236,9 @@ def test_the_models_own_template_runs_in_a_sandbox(server, monkeypatch):
 def test_a_prompt_longer_than_the_context_is_refused(server):
     long = [{"role": "user", "content": "x" * 5000}]
     assert refused(post(server, {"messages": long}), 400)["code"] == "context_length_exceeded"
-    assert refused(post(server, GOOD | {"max_tokens": 4096}), 400)["param"] == "max_tokens"
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert refused(post(server, {"messages": GOOD["messages"], name: 4096}), 400)["param"] == name
+    assert refused(post(server, {"prompt": "x" * 5000}, "/v1/completions"), 400)["param"] == "prompt"
 
 
 @pytest.mark.parametrize(
