@@ -10,7 +10,7 @@ from mlx_lm import batch_generate
 from mlx_mimo import load
 
 model, tokenizer = load(sys.argv[1] if len(sys.argv) > 1 else None)
-questions = ["What is 2 plus 3?", "Say hello.", "Name a colour."]
+questions = ["What is 2 plus 3?", "What is the capital of France?", "Sort 41, 7, 23."]
 prompts = [
     tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, enable_thinking=False

@@ -4,26 +4,30 @@
 """
 
 import json
+import operator
 import re
 import sys
 
 from mlx_mimo import load, stream_generate
 
+
+def calculate(expression: str) -> int:
+    """One operation on two whole numbers; never `eval` what a model writes."""
+    left, sign, right = expression.split()
+    return {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](int(left), int(right))
+
+
+def tool(name: str, description: str, parameter: str, what: str) -> dict:
+    properties = {parameter: {"type": "string", "description": what}}
+    schema = {"type": "object", "properties": properties, "required": [parameter]}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+
+
+FUNCTIONS = {"calculate": calculate, "get_time": lambda city: "12:30"}
 TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "The sum of two whole numbers.",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-                "required": ["a", "b"],
-            },
-        },
-    }
+    tool("calculate", "Exact arithmetic", "expression", "Expression"),
+    tool("get_time", "Current time in a city", "city", "Name of the city"),
 ]
-FUNCTIONS = {"add": lambda a, b: int(a) + int(b)}
 CALL = re.compile(r"<tool_call>\s*<function=(\w+)>(.*?)</function>\s*</tool_call>", re.DOTALL)
 PARAMETER = re.compile(r"<parameter=(\w+)>\s*(.*?)\s*</parameter>", re.DOTALL)
 
@@ -35,7 +39,7 @@ def answer(messages: list[dict]) -> str:
     return "".join(r.text for r in stream_generate(model, tokenizer, prompt, max_tokens=96))
 
 
-messages = [{"role": "user", "content": "What is 17 plus 25? Use the tool."}]
+messages = [{"role": "user", "content": "What is 4218 - 4176?"}]
 text = answer(messages)
 calls = CALL.findall(text)
 if not calls:

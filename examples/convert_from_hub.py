@@ -1,7 +1,7 @@
 """From a Hub repo, or a directory, to a converted directory: what it will take first, then the conversion.
 
 `python examples/convert_from_hub.py [REPO_OR_DIR] [TARGET] [RECIPE]`; without arguments it converts the demo model that
-comes with the package. MiMo-V2-Flash needs about 313 GB for the download and 177 GB for the result at 4 bits.
+comes with the package. MiMo-V2-Flash needs about 313 GB for the download and 178 GB for the result at 4 bits.
 """
 
 import sys

@@ -4,7 +4,7 @@ import sys
 
 from mlx_mimo import load, stream_generate
 
-question = sys.argv[1] if len(sys.argv) > 1 else "What can you do?"
+question = sys.argv[1] if len(sys.argv) > 1 else "What is 37 + 48?"
 model, tokenizer = load(sys.argv[2] if len(sys.argv) > 2 else None, expert_memory="auto")
 
 messages = [{"role": "user", "content": question}]
@@ -14,6 +14,7 @@ for response in stream_generate(model, tokenizer, prompt, max_tokens=128):
     print(response.text, end="", flush=True)
 print()
 
-experts = model.residency.counters
-print(f"{response.generation_tps:.1f} tokens/s, {experts.hit_rate:.0%} of experts were in memory", file=sys.stderr)
-model.residency.close()
+print(f"{response.generation_tps:.1f} tokens/s", file=sys.stderr)
+if model.residency:  # None where experts are stacked, as in mlx-lm's own conversions: all of them are in memory then
+    print(f"{model.residency.counters.hit_rate:.0%} of experts were in memory", file=sys.stderr)
+    model.residency.close()

@@ -6,11 +6,15 @@
 import sys
 
 from mlx_mimo import load, stream_generate
+from mlx_mimo.errors import MimoError
 from mlx_mimo.experts.simulate import REPLAY_POLICIES, needs_of, simulate
 from mlx_mimo.experts.trace import read_trace
 
 path = sys.argv[2] if len(sys.argv) > 2 else "routing.trace"
-model, tokenizer = load(sys.argv[1] if len(sys.argv) > 1 else None, trace=path)
+try:
+    model, tokenizer = load(sys.argv[1] if len(sys.argv) > 1 else None, trace=path)
+except MimoError as error:  # such as stacked experts, which cannot be traced; the message says what to do
+    raise SystemExit(str(error)) from None
 for _ in stream_generate(model, tokenizer, "A trace holds the choices of every router.", max_tokens=64):
     pass
 model.residency.close()  # ends the trace

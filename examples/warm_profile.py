@@ -13,6 +13,8 @@ profile = sys.argv[2] if len(sys.argv) > 2 else "usage.profile"
 PROMPT = "A profile is a list of how often each expert was used."
 
 model, _ = load(directory, expert_memory="all")
+if model.residency is None:
+    raise SystemExit(f"{directory}: its experts are stacked; run mlx_mimo convert repack {directory} --in-place first")
 every = model.residency.counters
 model.residency.close()
 memory = every.slots // 4 * every.slot_bytes

@@ -1,8 +1,11 @@
-"""Every script in examples/ runs as its first line says."""
+"""Every script in examples/ runs as its first line says, and says what is true."""
 
+import importlib.util
 import json
+import operator
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +13,17 @@ from statistics import mean
 
 import pytest
 from converted import converted_directory, fp8_directory
+from mlx_lm.utils import load_model, save_model
 
 from mlx_mimo.convert.recipe import named
+from mlx_mimo.cpu import available as cpu_kernels
 from mlx_mimo.experts.policy import DEFAULT_HALF_LIFE_TOKENS, make_policy
 from mlx_mimo.experts.residents import Residents
+from mlx_mimo.experts.trace import read_trace
 from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.runtime import released
-from mlx_mimo.runtime.budget import estimate
-from mlx_mimo.runtime.machine import imagined
+from mlx_mimo.runtime.budget import GB, estimate
+from mlx_mimo.runtime.machine import MACS, imagined
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -30,37 +36,209 @@ def example(name: str, cwd: Path, *arguments) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("name", "arguments", "said"),
-    [
-        ("generate", ["Say something.", "MODEL"], ""),
-        ("chat_with_tools", ["MODEL"], "tool call"),
-        ("batch", ["MODEL"], "Say hello."),
-        ("budget_sweep", ["MODEL", "sweep.png"], "75% resident"),
-        ("warm_profile", ["MODEL", "usage.profile"], "warm: loaded"),
-        ("replay_trace", ["MODEL", "routing.trace"], "belady"),
-    ],
-)
-def test_an_example_runs_on_a_tiny_model(tmp_path, name, arguments, said):
-    model = converted_directory()
-    assert said in example(name, tmp_path, *(model if a == "MODEL" else a for a in arguments))
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """Runs a script in this process, in an empty folder, as `python NAME.py …` would; returns what it printed."""
+
+    def run(name: str, *arguments) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def module_of(name: str):
+    """A script as a module, so that a test can make its figures small."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+# On the demo, without arguments, as its reader would try it first
+
+
+def test_generate_answers_its_question(run_here):
+    assert run_here("generate") == "85\n"
+
+
+def test_a_tool_is_called_and_its_result_answered(run_here):
+    assert run_here("chat_with_tools").splitlines() == [
+        "the model calls calculate({'expression': '4218 - 4176'})",
+        "answer: 42",
+    ]
+
+
+@pytest.mark.parametrize("expression", ["1 / 2", "one + two", "import os", "2 ** 9", "1 + 2 + 3"])
+def test_the_tool_evaluates_nothing_but_one_operation(expression):
+    source = (EXAMPLES / "chat_with_tools.py").read_text(encoding="utf-8")
+    names = {}
+    exec(source[source.index("def calculate") : source.index("def tool(")], {"operator": operator}, names)
+    assert names["calculate"]("17 * 25") == 425
+    with pytest.raises((KeyError, ValueError)):
+        names["calculate"](expression)
+
+
+def test_a_batch_is_answered_question_by_question(run_here):
+    lines = run_here("batch").splitlines()
+    answers = dict(zip(lines[::2], map(str.strip, lines[1::2])))
+    assert answers == {
+        "What is 2 plus 3?": "5",
+        "What is the capital of France?": "Paris",
+        "Sort 41, 7, 23.": "7, 23, 41",
+    }
+
+
+def test_a_sweep_hits_more_with_more_memory(run_here, tmp_path):
+    rows = re.findall(r"(\d+)% resident: +([\d.]+)% hits, +([\d.]+) tokens/s", run_here("budget_sweep"))
+    assert [row[0] for row in rows] == ["15", "25", "50", "75"]
+    hits = [float(row[1]) for row in rows]
+    assert hits == sorted(hits)
+    assert hits[0] + 20 < hits[-1] < 100
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_makes_the_second_start_warm(run_here, tmp_path):
+    text = run_here("warm_profile")
+    read = [int(count) for count in re.findall(r"\((\d+) experts read for the profile\)", text)]
+    hits = [float(rate) for rate in re.findall(r"([\d.]+)% hits", text)]
+    assert read == [0, 40], "a quarter of 160 experts"
+    assert hits[0] < hits[1]
+    assert (tmp_path / "usage.profile").exists()
+
+
+def test_a_recorded_trace_is_replayed(run_here, tmp_path):
+    lines = run_here("replay_trace").splitlines()
+    trace = read_trace(tmp_path / "routing.trace")
+    assert lines[0] == f"{len(trace.calls)} calls, {trace.routed} routed experts, 160 experts in all"
+    assert lines[1].split() == ["resident", "lfu", "lru", "belady"]
+    for share, line in zip((5, 10, 25, 50), lines[2:], strict=True):
+        rates = [float(cell.rstrip("%")) for cell in line.split()]
+        assert rates[0] == share
+        assert max(rates[1:3]) <= rates[3]
+
+
+def test_a_hub_repo_is_fetched_and_converted_as_the_command_does(run_here, tmp_path, monkeypatch):
+    fetched = []
+
+    def snapshot_download(repo, allow_patterns):
+        fetched.append(repo)
+        assert {"*.json", "*.safetensors"} <= set(allow_patterns)
+        return str(fp8_directory())
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert run_here("convert_from_hub", "somebody/model", "out", "3bit").endswith("converted into out\n")
+    assert fetched == ["somebody/model"]
+    wanted = {file.name: file.read_bytes() for file in converted_directory("3bit").glob("*.safetensors")}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.safetensors")} == wanted
+
+
+# Other directories
+
+
+@pytest.fixture
+def stacked(tmp_path):
+    """A directory as mlx-lm's own convert writes it."""
+    path = tmp_path / "stacked"
+    shutil.copytree(converted_directory(), path, ignore=shutil.ignore_patterns("model*", "mlx_mimo.json"))
+    model, _ = load_model(converted_directory())
+    save_model(path, model)
+    config = json.loads((path / "config.json").read_text())
+    config.pop("mlx_mimo", None)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_generate_runs_on_stacked_experts(run_here, stacked):
+    assert len(run_here("generate", "Say something.", stacked)) > 1
+
+
+@pytest.mark.parametrize("name", ["budget_sweep", "warm_profile", "replay_trace"])
+def test_what_needs_experts_apart_says_what_to_do(run_here, stacked, name):
+    with pytest.raises(SystemExit, match="stacked.*; run mlx_mimo convert repack"):
+        run_here(name, stacked)
+
+
+# What measures: that it runs and prints what it is for
+
+
+def test_held_out_questions_are_taken_each_once():
+    spread = module_of("demo_quality").spread
+    assert spread([*range(419)], 420) == spread([*range(419)], 419) == [*range(419)]
+    assert spread([*range(10)], 5) == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.slow
-def test_converting_leaves_a_directory_that_loads(tmp_path):
-    assert "converted into out" in example("convert_from_hub", tmp_path, fp8_directory(), "out", "3bit")
-    assert example("generate", tmp_path, "Say something.", tmp_path / "out")
+def test_the_quality_table_has_a_row_a_recipe(run_here):
+    lines = run_here("demo_quality", "--recipes", "8bit,2bit", "--limit", 20).splitlines()
+    head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
+    assert head == ["recipe", "bits per expert weight", "exact match", "mean KL", "99 % KL", "top-1 agreement"]
+    assert [row[0] for row in rows] == ["8bit", "2bit"]
+    assert [float(row[1]) for row in rows] == [8.5, 2.5]
+    assert int(rows[0][2].partition("/")[0]) >= 17
+    assert float(rows[0][3]) < float(rows[1][3]) / 5
+    assert float(rows[0][5].rstrip("%")) > 98
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["generate", "chat_with_tools", "batch", "budget_sweep", "warm_profile", "replay_trace"]
-)
-def test_an_example_runs_on_the_demo(tmp_path, name):
-    """Without arguments, as its reader would try it first."""
-    assert example(name, tmp_path)
+def test_the_table_of_policies_is_printed(run_here, tmp_path):
+    lines = run_here(
+        "residency_policies", "--tokens", 100, "--only", "zipf", "--demo", 2, "--half-life", "32", "--save", "traces"
+    ).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[:2] for row in rows] == [
+        [name, share] for name in ("zipf", "demo") for share in ("5%", "10%", "25%", "50%")
+    ]
+    for row in rows:
+        assert max(float(row[2]), float(row[3])) <= float(row[4]), "nothing beats belady"
+    assert read_trace(tmp_path / "traces" / "zipf.trace").routed == 100 * 12 * 8
+
+
+@pytest.mark.slow
+def test_a_cpu_step_is_split_into_its_parts(tmp_path):
+    if not cpu_kernels():
+        pytest.skip("no CPU kernels")
+    text = example("cpu_step", tmp_path, "--model", converted_directory(), "--steps", 3, "--context", 8)
+    parts = re.findall(r"^(\w.*?) {2,}([\d.]+) ms", text, flags=re.M)
+    assert {"experts", "q, k, v", "attention", "router", "head"} <= {name for name, _ in parts}
+    assert all(float(spent) >= 0 for _, spent in parts)
+
+
+@pytest.mark.slow
+def test_kernels_are_timed_against_memory(tmp_path):
+    if not cpu_kernels():
+        pytest.skip("no CPU kernels")
+    text = example("cpu_bench", tmp_path, "--bits", 2, "--mxfp4", "--slots", 16, "--repeats", 2)
+    assert re.search(r"^2 bits, groups of 64 +expert layer, one token +[\d.]+", text, flags=re.M)
+    assert re.search(r"^mxfp4 +expert layer, one token +[\d.]+", text, flags=re.M)
+    assert len(re.findall(r"512 tokens +\d+ GFLOP/s", text)) == 2
+
+
+@pytest.mark.slow
+def test_residency_is_measured_part_by_part(tmp_path, monkeypatch, capsys):
+    """With experts of a hundredth of the size; `memory` starts itself anew, in full size, and is left out."""
+    bench = module_of("residency_bench")
+    for name, value in {"HIDDEN": 256, "INNER": 128, "EXPERTS": 64}.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(sys, "argv", ["residency_bench.py", "make", str(tmp_path), "--layers", "1"])
+    bench.main()
+    options = ["--rounds", "1", "--tokens", "64", "--only", "reading,decode,hits,prefill"]
+    monkeypatch.setattr(sys, "argv", ["residency_bench.py", "run", str(tmp_path), *options])
+    bench.main()
+    text = capsys.readouterr().out
+    for part in ("reading", "decode", "hits", "prefill"):
+        assert re.search(rf"^{part}\b.*\d", text, flags=re.M), part
+
+
+@pytest.mark.slow
+def test_the_simulation_prints_a_line_for_each_mac(run_here, tmp_path):
+    text = run_here("simulate_macs", "--tokens", 400, "--plot", tmp_path / "simulated.svg")
+    for machine in MACS:
+        assert re.search(rf"^\| {re.escape(machine.name)} \| {machine.disk / GB:g} \| .+ \|$", text, flags=re.M)
+    assert "simulated" in (tmp_path / "simulated.svg").read_text()
 
 
 def test_the_simulations_routing_is_skewed_as_published():
