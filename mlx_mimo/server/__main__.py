@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from ..arguments import (
@@ -20,6 +21,7 @@ from ..arguments import (
 )
 from ..errors import MimoError, UsageError
 from ..runtime.budget import parse_size
+from .access import host_name, is_loopback, page_origin
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,8 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=non_negative_int, default=8080, help="0 takes a free one (default: 8080)")
     parser.add_argument("--api-key", help="what clients must send; also MLX_MIMO_API_KEY")
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the directory's or the repo's name")
-    parser.add_argument("--allowed-origins", type=_list, default=(), metavar="URL,…", help="pages that may ask")
-    parser.add_argument("--allowed-hosts", type=_list, default=(), metavar="NAME,…", help="more names of this server")
+    parser.add_argument("--allowed-origins", type=_origins, default=(), metavar="URL,…", help="pages that may ask")
+    parser.add_argument("--allowed-hosts", type=_hosts, default=(), metavar="NAME,…", help="more names of this server")
     add_adapter_argument(parser)
     parser.add_argument("--temp", type=non_negative_float, help="default temperature (default: the model's own)")
     parser.add_argument("--top-p", type=non_negative_float, help="default top_p (default: the model's own)")
@@ -78,6 +80,21 @@ def _list(text: str) -> tuple[str, ...]:
     return values
 
 
+def _hosts(text: str) -> tuple[str, ...]:
+    return _each(host_name, text)
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    return _each(page_origin, text)
+
+
+def _each(read: Callable[[str], str], text: str) -> tuple[str, ...]:
+    try:
+        return tuple(map(read, _list(text)))
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _size(text: str) -> int:
     try:
         return parse_size(text)
@@ -87,11 +104,13 @@ def _size(text: str) -> int:
 
 def complete(args: argparse.Namespace) -> None:
     """Checks flags against each other and fills in what mlx-lm's classes look for."""
-    from .access import is_loopback
-
     args.api_key = args.api_key or os.environ.get("MLX_MIMO_API_KEY") or None
     if not is_loopback(args.host) and args.api_key is None:
         raise UsageError(f"--host {args.host}: others could reach it; give an --api-key (or MLX_MIMO_API_KEY) as well")
+    if args.api_key is not None and not (args.api_key.isascii() and args.api_key.isprintable()):
+        raise UsageError("--api-key: printable ASCII expected: clients could not send anything else in a header")
+    if args.api_key is not None and args.api_key != args.api_key.strip():
+        raise UsageError("--api-key: no space at its ends expected: a header loses it")
     if args.port > 65535:
         raise UsageError(f"--port: 0 to 65535 expected, {args.port} found")
     if args.prompt_cache_file is not None:

@@ -1,6 +1,7 @@
 """Routes, and what requests ask for."""
 
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -142,11 +143,12 @@ class Handler(Answers):
 
     def extra_headers(self) -> None:
         super().extra_headers()
-        origin = self.headers.get("Origin") if getattr(self, "headers", None) is not None else None
-        if origin is not None and origin in self.site.access.allowed_origins:
+        headers = getattr(self, "headers", None)  # none where the head was not understood
+        origin = self.site.access.allowed_origin(headers.get("Origin")) if headers is not None else None
+        if origin is not None:
             self.send_header("Access-Control-Allow-Origin", origin)
             self.send_header("Access-Control-Allow-Methods", "GET, POST, OPTIONS")
-            self.send_header("Access-Control-Allow-Headers", "Authorization, Content-Type, x-api-key")
+            self.send_header("Access-Control-Allow-Headers", _askable(headers.get("Access-Control-Request-Headers")))
             self.send_header("Vary", "Origin")
 
     def get_health(self) -> None:
@@ -331,3 +333,10 @@ class Handler(Answers):
         for name in names.keys() - variables:
             raise fields.refuse(names[name], "the model's chat template has no such variable")
         return template
+
+
+def _askable(asked: str | None) -> str:
+    """The headers that a page of an allowed origin may send: all it asks for, if they are names of headers."""
+    if asked and len(asked) <= 4096 and re.fullmatch(r"[\w\-]+([ \t]*,[ \t]*[\w\-]+)*", asked, re.ASCII):
+        return asked
+    return "Authorization, Content-Type, x-api-key"

@@ -43,8 +43,9 @@ class PromptCacheFile:
         """Raises OSError, and then leaves what was there."""
         entries = [entry for entry in cache.entries if _storable(entry)]
         partial = self.path.with_name(self.path.name + ".partial")
+        partial.unlink(missing_ok=True)  # of a server that was killed
         try:
-            with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            with open(partial, "wb", opener=_new) as file:
                 _write(file, entries, fingerprint)
                 file.flush()
                 os.fsync(file.fileno())
@@ -80,6 +81,11 @@ class PromptCacheFile:
             logging.warning("--prompt-cache-file: %s; the cache begins empty, and will replace it", error)
         else:
             logging.info("%d KV caches from %s", count, self.path)
+
+
+def _new(name: str, flags: int) -> int:
+    """A file of its own, the owner's alone: never what somebody else has put there, nor what a link points to."""
+    return os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW, 0o600)
 
 
 def _storable(entry: Entry) -> bool:

@@ -134,6 +134,22 @@ def test_nobody_else_may_read_it(saved):
     assert stat.S_IMODE(saved.path.stat().st_mode) == 0o600
 
 
+def test_what_lies_in_its_way_is_not_written_into(model, saved, tmp_path):
+    """Neither what a link points to nor a file that others may read."""
+    partial = saved.path.with_name(saved.path.name + ".partial")
+    other = tmp_path / "other"
+    other.write_text("mine")
+    partial.symlink_to(other)
+    saved.save(PromptCache(), "mine")
+    assert other.read_text() == "mine"
+    partial.write_text("")
+    partial.chmod(0o666)
+    saved.save(PromptCache(), "mine")
+    assert stat.S_IMODE(saved.path.stat().st_mode) == 0o600
+    assert not saved.path.is_symlink()
+    assert not partial.exists()
+
+
 def test_the_fingerprint_is_the_models(model_directory, tmp_path):
     copy = shutil.copytree(model_directory, tmp_path / "copy")
     args = ModelArgs.from_dict(read_config(model_directory))

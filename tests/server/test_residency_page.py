@@ -46,6 +46,11 @@ def test_the_map_shows_what_is_resident(server):
     assert all(max(base64.b64decode(row["uses"])) == 255 for row in after["layers"])
 
 
+def test_a_head_of_the_stream_ends(server):
+    answer = requests.head(f"{server.url}/residency/events", timeout=20)
+    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "text/event-stream")
+
+
 def test_a_browser_is_asked_for_the_key(server, monkeypatch):
     import dataclasses
 
