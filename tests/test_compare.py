@@ -1,16 +1,19 @@
 """compare: zero for a model and itself, what a plain computation gives for two, the same with streamed experts."""
 
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from converted import converted_directory
 
+from mlx_mimo import compare as compare_module
 from mlx_mimo import load
 from mlx_mimo.compare import build_parser, compare
-from mlx_mimo.errors import MimoError, UsageError
+from mlx_mimo.errors import FormatError, MimoError, UsageError
 from mlx_mimo.runtime.quality import Comparer, windows
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 2
@@ -100,6 +103,7 @@ def test_windows_have_two_tokens_at_least():
     assert windows(range(9), 4, 100) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+@pytest.mark.usefixtures("unrun")
 def test_other_tokenizers_are_refused(tmp_path, text):
     other = shutil.copytree(converted_directory(), tmp_path / "other")
     fields = json.loads((other / "tokenizer.json").read_text())
@@ -107,7 +111,62 @@ def test_other_tokenizers_are_refused(tmp_path, text):
     vocab["a"], vocab["b"], vocab["o"], vocab["e"] = vocab["b"], vocab["a"], vocab["e"], vocab["o"]
     (other / "tokenizer.json").write_text(json.dumps(fields))
     with pytest.raises(MimoError, match="different tokenizers"):
-        compare(build_parser().parse_args([str(converted_directory()), str(other), "--text", str(text)]))
+        run_pair(other, text)
+
+
+@pytest.fixture
+def unrun(monkeypatch):
+    """A model that is loaded is a failure."""
+    monkeypatch.setattr("mlx_mimo.runtime.load.load", lambda *_, **__: pytest.fail("loaded"))
+
+
+def run_pair(b, text, *arguments):
+    compare(build_parser().parse_args([str(converted_directory()), str(b), "--text", str(text), *arguments]))
+
+
+@pytest.mark.usefixtures("unrun")
+def test_both_directories_are_looked_at_before_either_runs(tmp_path, text):
+    with pytest.raises(UsageError, match="nowhere: no such directory"):
+        run_pair(tmp_path / "nowhere", text)
+    cut = shutil.copytree(converted_directory(), tmp_path / "cut")
+    with open(cut / "model-experts-2.safetensors", "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(FormatError, match="model-experts-2"):
+        run_pair(cut, text)
+
+
+@pytest.mark.usefixtures("unrun")
+def test_another_vocabulary_is_refused(tmp_path, text):
+    other = shutil.copytree(converted_directory(), tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"vocab_size": 384}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MimoError, match="other: vocabulary of 384, 320 in"):
+        run_pair(other, text)
+
+
+@pytest.mark.usefixtures("unrun")
+def test_a_temporary_folder_without_room_is_refused(text, monkeypatch):
+    """20 tokens in windows of 8 are 17 predictions of 320 float32."""
+    need = 17 * 320 * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
+    with pytest.raises(MimoError, match=r"21\.8 kB are needed for A's predictions, 21\.8 kB are free.*TMPDIR"):
+        run_pair(converted_directory(), text, "--window", "8", "--max-tokens", "20")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need))
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        run_pair(converted_directory(), text, "--window", "8", "--max-tokens", "20")
+
+
+def test_the_temporary_file_has_the_size_that_is_told(text, monkeypatch):
+    sizes = []
+    whole = compare_module._Judged.__init__
+
+    def look(self, file, *rest):
+        sizes.append(os.fstat(file.fileno()).st_size)
+        whole(self, file, *rest)
+
+    monkeypatch.setattr(compare_module._Judged, "__init__", look)
+    run_pair(converted_directory(), text, "--window", "8", "--max-tokens", "20")
+    assert sizes == [17 * 320 * 4]
 
 
 def test_a_text_that_is_not_there():
