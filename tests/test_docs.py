@@ -15,7 +15,9 @@ from mlx_mimo.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+EXAMPLES = ROOT / "examples"
+CARDS = [ROOT / "mlx_mimo" / "demo" / "README.md", EXAMPLES / "demo_model" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *CARDS]
 DRAWN = [DOCS / f"{name}.svg" for name in ("record_to_slot", "decode_step", "prefill_waves", "layout")]
 MODULES = {"convert": "mlx_mimo.convert.__main__", "server": "mlx_mimo.server.__main__"}
 SUBCOMMANDS = ("verify", "inspect", "repack", "repair")
@@ -33,7 +35,11 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith("http"):
@@ -44,17 +50,26 @@ def test_every_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(file.resolve()), f"{page.name}: no heading for {target}"
 
 
-def commands_in(page: Path) -> list[tuple[str, list[str]]]:
-    """(command, its words) for what is written as `mlx_mimo NAME …` or `python -m mlx_mimo.NAME …`."""
+def typed_in(page: Path) -> list[str]:
+    """What a page shows to be typed: lines of its blocks, and what is between backticks."""
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:bash)?\n(.*?)```", text, flags=re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return lines + [" ".join(code.split()) for code in inline]
+
+
+def words_of(line: str) -> list[str]:
+    return shlex.split(line.replace("…", "x"), comments=True)
+
+
+def commands_in(page: Path) -> list[tuple[str, list[str]]]:
+    """(command, its words) for what is written as `mlx_mimo NAME …` or `python -m mlx_mimo.NAME …`."""
     found = []
-    for line in lines:
+    for line in typed_in(page):
         match = re.search(rf"(?:^|\s)mlx_mimo[ .]({'|'.join(COMMANDS)})(?=\s|$)(.*)", line)
         if match:
-            found.append((match[1], shlex.split(match[2].replace("…", "x"), comments=True)))
+            found.append((match[1], words_of(match[2])))
     return found
 
 
@@ -66,16 +81,62 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 def known_flags(command: str, sub: str | None) -> set[str]:
     if sub is not None:
         source = (ROOT / "convert" / f"{sub}.py").read_text(encoding="utf-8")
-        return set(re.findall(r'"(--[a-z-]+)"', source))
+        return set(re.findall(r'"(--[a-z0-9-]+)"', source))
     return flags_of(importlib.import_module(MODULES.get(command, f"mlx_mimo.{command}")).build_parser())
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CLI.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CLI.md"], ids=name_of)
 def test_every_command_in_the_docs_has_the_flags_it_is_given(page):
     for command, words in commands_in(page):
         sub = words[0] if command == "convert" and words and words[0] in SUBCOMMANDS else None
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert given <= known_flags(command, sub), f"{page.name}: mlx_mimo {command} {' '.join(words)}"
+
+
+def scripts_in(text: str) -> list[tuple[str, list[str]]]:
+    """(path, its words) for what is written as `python FOLDER/NAME.py …`; a bare `FOLDER/NAME.py` has no words."""
+    found = []
+    for line in text.splitlines():
+        match = re.search(r"(?:^|\s)((?:examples|tests|docs)/[\w/]+\.py)(?=\s|$)(.*)", line)
+        if match:
+            found.append((match[1], words_of(match[2])))
+    return found
+
+
+def own_flags(script: Path) -> set[str]:
+    return set(re.findall(r'add_argument\(\s*"(--[a-z0-9-]+)"', script.read_text(encoding="utf-8")))
+
+
+def check_scripts(text: str) -> None:
+    for name, words in scripts_in(text):
+        assert (ROOT / name).is_file(), f"no {name}"
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert given <= own_flags(ROOT / name), f"{name} {' '.join(words)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_script_in_the_docs_is_there_and_has_the_flags_it_is_given(page):
+    check_scripts("\n".join(typed_in(page)))
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.py")), ids=name_of)
+def test_a_script_is_started_by_the_line_in_its_docstring(script):
+    text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    lines = re.findall(r"python ([^`\n]+)", text.replace("[", " ").replace("]", " ").replace("|", " "))
+    check_scripts("\n".join(lines))
+
+
+@pytest.mark.parametrize("line", ["examples/none.py", "python examples/cpu_step.py --model DIR --no-such-flag 3"])
+def test_a_script_or_flag_that_is_not_there_is_found(line):
+    with pytest.raises(AssertionError):
+        check_scripts(line)
+
+
+def test_the_docs_name_scripts_with_flags():
+    """Else the tests above would look at nothing."""
+    found = [(name, words) for page in PAGES for line in typed_in(page) for name, words in scripts_in(line)]
+    assert len({name for name, _ in found}) > 10
+    assert sum(any(word.startswith("--") for word in words) for _, words in found) > 5
 
 
 def test_the_questions_name_their_commands():
