@@ -32,8 +32,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", metavar="FILE", help="usage counts: loaded at the start, saved at the end")
     parser.add_argument("--lookahead", action="store_true", help="read the next layer's likely experts ahead")
     parser.add_argument("--trace", metavar="FILE", help="record which experts the router chose")
-    parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (default: all cores)")
+    add_thread_arguments(parser)
     parser.add_argument("--wired", action="store_true", help="raise Metal's wired memory limit as mlx-lm does")
+
+
+def add_thread_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many threads compute and read, keywords of `load`."""
+    parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--reader-threads",
+        metavar="N",
+        type=positive_int,
+        default=8,
+        help="experts read at a time, 1 to 64 (default: 8)",
+    )
 
 
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +63,7 @@ def load_options(args: argparse.Namespace) -> dict:
         "lookahead": args.lookahead,
         "trace": args.trace,
         "threads": args.threads,
+        "reader_threads": args.reader_threads,
         "progress": sys.stderr.isatty(),
     }
 

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import non_negative_int, positive_int, run
+from .arguments import add_thread_arguments, non_negative_int, positive_int, run
 from .errors import MimoError, UsageError
 from .runtime.budget import format_size, parse_size, parse_speed
 from .runtime.peer import NAME as PEER
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=(PEER,),
         help="time unmodified mlx-lm too, in its own process, alternating run by run; both copies need to fit",
     )
-    parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (default: all cores)")
+    add_thread_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of random tokens and weights (default: 0)")
     parser.add_argument("--output", metavar="FILE", help="write the JSON there as well")
     parser.add_argument("--plot", metavar="FILE", help="write a plot (.png, .svg, .pdf)")
@@ -202,6 +202,7 @@ def _measure(args: argparse.Namespace, directory: Path, limit: float | None) -> 
                 expert_memory=_memory(wanted, directory),
                 expert_policy=args.expert_policy,
                 threads=args.threads,
+                reader_threads=args.reader_threads,
                 progress=sys.stderr.isatty(),
             )
             try:

@@ -69,7 +69,14 @@ def test_settings_come_from_the_environment_and_errors_name_the_variable():
     assert Settings.from_environment({}) == Settings()
     found = Settings.from_environment({"MLX_MIMO_EXPERT_MEMORY": "24GB", "MLX_MIMO_LOOKAHEAD": "1"})
     assert (found.expert_memory, found.lookahead) == (24 * 10**9, True)
-    for name, text in {"EXPERT_MEMORY": "much", "EXPERT_POLICY": "fifo", "THREADS": "0", "LOOKAHEAD": "yes"}.items():
+    wrong = {
+        "EXPERT_MEMORY": "much",
+        "EXPERT_POLICY": "fifo",
+        "THREADS": "0",
+        "LOOKAHEAD": "yes",
+        "READER_THREADS": "65",
+    }
+    for name, text in wrong.items():
         with pytest.raises(UsageError, match=f"MLX_MIMO_{name}"):
             Settings.from_environment({f"MLX_MIMO_{name}": text})
 

@@ -26,7 +26,7 @@ from ..experts.residency import attach
 from ..models.config import ModelArgs
 from ..models.mimo_v2_flash import Model
 from .budget import available_memory, parse_size
-from .load import ExpertsElsewhere, TrunkModel, cache_limit, expert_limit, on_cpu, working_set
+from .load import ExpertsElsewhere, TrunkModel, cache_limit, check_reader_threads, expert_limit, on_cpu, working_set
 from .source import Directory, read_config
 
 PREFIX = "MLX_MIMO_"
@@ -63,7 +63,7 @@ VARIABLES: dict[str, tuple[Callable[[str], object], str]] = {
     "trace": (Path, "file into which the router's choices are recorded"),
     "lookahead": (_switch, "1 reads the next layer's likely experts ahead"),
     "threads": (_count, "CPU threads"),
-    "reader_threads": (_count, "reads at a time (default 8)"),
+    "reader_threads": (lambda text: check_reader_threads(_count(text)), "experts read at a time, 1 to 64 (default 8)"),
 }
 
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cpu import adapt
-from ..errors import FormatError, MimoError
+from ..errors import FormatError, MimoError, UsageError
 from ..experts.header import read_header
 from ..experts.record import expert_files
 from ..experts.residency import Residency, attach
@@ -18,6 +18,7 @@ from .budget import CHUNK, Fit, available_memory, fit, item_bytes, measure, pars
 from .sampling import generation_defaults
 from .source import Directory, find
 
+MOST_READER_THREADS = 64
 CACHE_LIMIT_BYTES = 2 * 10**9  # of freed buffers that MLX keeps on a GPU; its default is nearly all memory
 
 
@@ -41,12 +42,14 @@ def load(
     `expert_memory` is the bytes of expert slots as a number or text such as "24GB", "auto" (what is free), or "all"
     (everything resident). `sliding_window` is the number of keys a query sees in sliding layers, itself included.
     `adapter_path` is a directory that mlx_lm.lora wrote; adapters on experts are refused where these may stream.
+    `reader_threads` is how many experts are read at a time, 1 to 64.
     `profile` is a file of usage counts: loaded now where it exists, saved by `model.residency.save_profile`.
     The model works in mlx_lm's generate, stream_generate and batch_generate; `model.residency` holds the counters.
     Raises FormatError, MimoError or UsageError, each naming the file or field.
     """
     if isinstance(expert_memory, str) and expert_memory not in ("auto", "all"):
         expert_memory = parse_size(expert_memory)
+    check_reader_threads(reader_threads)
     directory = find(path_or_hf_repo)
     overrides = {} if sliding_window is None else {"window_keys": sliding_window}
     args = ModelArgs.from_dict(directory.config | overrides)
@@ -93,6 +96,13 @@ def load(
         if residency is not None:
             residency.close()
         raise
+
+
+def check_reader_threads(count: int) -> int:
+    """The number, or UsageError where no disk has use for so many."""
+    if not 1 <= count <= MOST_READER_THREADS:
+        raise UsageError(f"reader threads: 1 to {MOST_READER_THREADS} expected, {count} found")
+    return count
 
 
 def on_cpu() -> bool:

@@ -13,7 +13,9 @@ from converted import converted_directory, fp8_directory
 from mlx_lm.generate import BatchGenerator
 
 from mlx_mimo import load, stream_generate
+from mlx_mimo.arguments import load_options
 from mlx_mimo.errors import FormatError, MimoError, UsageError
+from mlx_mimo.generate import build_parser
 
 PROMPT = list(range(65, 105))  # 40 tokens: past the tiny model's window of 16
 
@@ -241,6 +243,19 @@ def test_a_name_that_is_neither_directory_nor_repo():
         load("./nowhere")
 
 
+def test_the_flag_sets_the_readers_threads():
+    flags = build_parser().parse_args(["--reader-threads", "3", "--expert-memory", "100kB"])
+    model, _ = load(converted_directory(), **load_options(flags))
+    assert model.residency.reader.threads == 3
+    model.residency.close()
+
+
+@pytest.mark.parametrize("count", [0, -1, 65])
+def test_reader_threads_have_a_range(count):
+    with pytest.raises(UsageError, match=f"1 to 64 expected, {count} found"):
+        load(converted_directory(), reader_threads=count)
+
+
 def test_empty_and_too_long_prompts(resident):
     model, tokenizer = resident
     with pytest.raises(UsageError, match="empty"):
@@ -262,7 +277,7 @@ def test_what_fails_after_the_experts_were_attached_closes_their_files(failing, 
     else:
         (damaged / "tokenizer.json").write_text("{")
     threads, files = threading.active_count(), open_files(damaged)
-    with pytest.raises(Exception) as raised:
+    with pytest.raises(MimoError) as raised:
         load(damaged, **options)
     del raised  # with the frames that hold the model
     assert (threading.active_count(), open_files(damaged)) == (threads, files)
