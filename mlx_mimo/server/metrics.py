@@ -68,7 +68,8 @@ class _Present(Collector):
         yield GaugeMetricFamily("mlx_mimo_running", "Requests that run", value=running)
         cache = getattr(worker, "prompt_cache", None)
         if cache is not None:
-            yield GaugeMetricFamily("mlx_mimo_kv_bytes", "Bytes of KV caches kept between requests", value=cache.nbytes)
+            kv_bytes = cache.nbytes + worker.running_kv_bytes
+            yield GaugeMetricFamily("mlx_mimo_kv_bytes", "Bytes of KV caches, running and kept", value=kv_bytes)
             yield GaugeMetricFamily("mlx_mimo_kv_entries", "KV caches kept between requests", value=len(cache))
         residency = worker.model_provider.residency
         if residency is None:

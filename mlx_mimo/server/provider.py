@@ -1,10 +1,11 @@
 """The one model that is served. No request can name another: a path or repo from outside is never loaded."""
 
 import argparse
-import warnings
+import logging
 
 from mlx_lm.server import ModelProvider
 
+from ..errors import MimoError
 from ..runtime.load import load
 
 
@@ -48,8 +49,8 @@ class Provider(ModelProvider):
             if profile is not None:
                 try:
                     self.residency.save_profile(profile)
-                except OSError as error:
-                    warnings.warn(f"{profile}: cannot be written: {error.strerror}", stacklevel=2)
+                except MimoError as error:
+                    logging.warning("--profile: %s", error)
             self.residency.close()
             self.residency = None
         super().reset()

@@ -21,7 +21,7 @@ def snapshot(worker: Worker) -> dict:
     residency = provider.residency
     state = {"time": time.time(), "model_ready": provider.ready, "queued": worker.queued, "layers": []}
     cache = getattr(worker, "prompt_cache", None)
-    state["kv_bytes"] = 0 if cache is None else cache.nbytes
+    state["kv_bytes"] = 0 if cache is None else cache.nbytes + worker.running_kv_bytes
     if residency is None:
         return state
     counters = residency.counters

@@ -7,6 +7,7 @@ import copy
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 
 import jinja2
 import mlx.core as mx
+import mlx_lm.server
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.server import (
     CompletionRequest,
     GenerationArguments,
@@ -100,6 +103,37 @@ class Reply(Queue):
             self.context.stop()
 
 
+_this_thread = threading.local()  # `worker`: whose generation thread it is
+
+
+class Batch(BatchGenerator):
+    """mlx-lm's, which says what its caches take: `kv_bytes`, as of its last step."""
+
+    kv_bytes = 0
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        worker = getattr(_this_thread, "worker", None)
+        if worker is not None:
+            worker._batch = weakref.ref(self)
+
+    def next(self, *args, **options):
+        try:
+            return super().next(*args, **options)
+        finally:
+            self.kv_bytes = self.prompt_cache_nbytes
+
+    def remove(self, *args, **options):
+        try:
+            return super().remove(*args, **options)
+        finally:
+            self.kv_bytes = self.prompt_cache_nbytes
+
+
+# mlx-lm's loop keeps its batch to itself, in a local variable.
+mlx_lm.server.BatchGenerator = Batch
+
+
 class Worker(ResponseGenerator):
     """mlx-lm's generation thread. `max_queue` requests may wait; `max_prompt_tokens` is the longest prompt."""
 
@@ -110,6 +144,8 @@ class Worker(ResponseGenerator):
         self.draining = False
         self._places = 0
         self._cancelled = False
+        self._entry: Entry | None = None  # of the one request that runs alone
+        self._batch: Callable[[], Batch | None] = lambda: None
         self._replies: set[Reply] = set()
         self._lock = threading.Lock()
         self._counting = threading.Lock()
@@ -137,6 +173,12 @@ class Worker(ResponseGenerator):
     def capacity(self) -> int:
         """Requests that run at a time."""
         return self.cli_args.decode_concurrency if self.model_provider.is_batchable else 1
+
+    @property
+    def running_kv_bytes(self) -> int:
+        """Bytes of the caches of requests that run."""
+        batch, entry = self._batch(), self._entry
+        return (0 if batch is None else batch.kv_bytes) + (0 if entry is None else entry.nbytes)
 
     def cancel_all(self) -> None:
         """For ever: what has a place is answered with an error."""
@@ -243,6 +285,7 @@ class Worker(ResponseGenerator):
     # The generation thread
 
     def _run_generate(self) -> None:
+        _this_thread.worker = self
         while not self._stop:
             try:
                 self._generate()
@@ -351,12 +394,15 @@ class Worker(ResponseGenerator):
                 prompt_cache_count=reused,
             )
         )
+        self._entry = entry
         try:
             self._prefill(reply, entry, prompt, list(accumulate(map(len, segments))))
             self._decode(reply, entry, prompt, args)
         except Disconnected:
             self._keep(entry, entry.tokens)
             raise
+        finally:
+            self._entry = None
 
     def _prefill(self, reply: Reply, entry: Entry, prompt: list[int], boundaries: list[int]) -> None:
         """Computes all of the prompt but its last token, with a checkpoint at each boundary on the way."""
@@ -416,6 +462,7 @@ class Worker(ResponseGenerator):
         computed = offsets.pop()
         if offsets or not 0 < computed <= len(tokens):
             return  # stopped amid a forward pass, or a token ahead: not what any prompt begins with for certain
+        self._entry = None  # kept now: not to be counted twice
         entry.tokens = list(tokens[:computed])
         self.prompt_cache.give(entry)
 

@@ -160,8 +160,61 @@ def test_metrics_count_what_happened(server):
     assert after["mlx_mimo_expert_hits_total"] + after["mlx_mimo_expert_misses_total"] > (
         before["mlx_mimo_expert_hits_total"] + before["mlx_mimo_expert_misses_total"]
     )
+    assert after["mlx_mimo_expert_misses_total"] > before["mlx_mimo_expert_misses_total"]
+    slot_bytes = after["mlx_mimo_expert_slot_bytes"]
+    read = [shown["mlx_mimo_expert_read_bytes_total"] for shown in (before, after)]
+    misses = [shown["mlx_mimo_expert_misses_total"] for shown in (before, after)]
+    assert read[1] - read[0] == pytest.approx((misses[1] - misses[0]) * slot_bytes, rel=0.1)
+    assert after["mlx_mimo_expert_read_seconds_total"] > before["mlx_mimo_expert_read_seconds_total"]
+    assert (after["mlx_mimo_queue"], after["mlx_mimo_running"]) == (0, 0)
     assert after["mlx_mimo_kv_bytes"] > 0
     assert after["mlx_mimo_expert_slots"] == server.worker.model_provider.residency.counters.slots
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_caches_of_running_requests_are_counted(request, steps, batched):
+    server = request.getfixturevalue("resident" if batched else "server")
+    server.worker.ask(server.worker.prompt_cache.clear).result(60)
+    assert figures(server)["mlx_mimo_kv_bytes"] == 0
+    with begin(server, max_tokens=3000, logit_bias={"258": -100, "256": -100}):
+        assert wait_until(lambda: server.worker.running_kv_bytes > 0, 60)
+        assert figures(server)["mlx_mimo_kv_bytes"] > 0
+    assert wait_until(lambda: server.worker.running_kv_bytes == 0, 60)
+
+
+def test_health_is_503_once_the_generation_thread_is_dead(model_directory, monkeypatch):
+    def dies(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    with running_server(model_directory) as server:
+        assert requests.get(f"{server.url}/health", timeout=20).status_code == 200
+        monkeypatch.setattr(server.worker, "_answer", dies)
+        refused = post(server)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
+        assert requests.get(f"{server.url}/health", timeout=20).status_code == 503
+        assert post(server).status_code == 503
+
+
+def test_a_profile_that_cannot_be_written_does_not_keep_the_server_from_closing(model_directory, tmp_path, caplog):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    with running_server(model_directory, "--profile", str(folder / "uses")) as server:
+        assert post(server).status_code == 200
+        folder.rmdir()
+    assert "profile cannot be written" in caplog.text
+    assert server.worker.model_provider.residency is None
+    assert not server.worker._generation_thread.is_alive()
+    assert server.worker.generation_available() is False
+
+
+def test_the_longest_prompt_is_what_the_flag_says(model_directory):
+    with running_server(model_directory, "--max-prompt-tokens", "400") as server:
+        long = {"messages": [{"role": "user", "content": "x" * 500}]}
+        refused = post(server, **long).json()["error"]
+        assert (refused["param"], refused["code"]) == ("messages", "context_length_exceeded")
+        assert "1 to 400 expected" in refused["message"]
+        assert post(server).status_code == 200
 
 
 def test_health_is_503_while_the_model_loads(model_directory, monkeypatch):
@@ -204,6 +257,25 @@ def test_resident_experts_are_batched_and_answers_are_those_of_one_alone(residen
         together = list(pool.map(ask, questions))
     assert len(set(together)) > 1
     assert [ask(question) for question in questions] == together
+
+
+def test_requests_that_come_together_are_computed_together(resident, monkeypatch):
+    """Else a batch would be one only by name."""
+    batches = []
+    call = Model.__call__
+
+    def seen(self, inputs, *rest, **options):
+        batches.append(inputs.shape[0])
+        time.sleep(0.05)  # long enough for the others to come
+        return call(self, inputs, *rest, **options)
+
+    monkeypatch.setattr(Model, "__call__", seen)
+    bias = {"258": -100, "256": -100}
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: post(resident, max_tokens=60, logit_bias=bias), range(3)))
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [60] * 3
+    assert max(batches) == 3
+    assert batches.count(3) > 20
 
 
 def test_a_failed_step_of_a_batch_leaves_the_server_running(resident):
