@@ -85,6 +85,11 @@ class Banks:
         for tensor in layout.tensors:
             self._allocate(tensor, slots)
 
+    @property
+    def slots(self) -> int:
+        """Slots of the longest bank; all are as long, unless memory ran out while they were resized."""
+        return max(bank.shape[0] for bank in self.arrays.values())
+
     def buffers(self, slot: int) -> list[memoryview]:
         """Where the reader puts the record of `slot`, tensor after tensor; call `landed` once it is there."""
         if not self.in_place:
@@ -108,6 +113,10 @@ class Banks:
         for slot in slots:
             self._staged.pop(int(slot), None)
 
+    def abandon_all(self) -> None:
+        """No read is under way any more, and none that ended since `landed` counts."""
+        self._staged.clear()
+
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copies slots (from, to); no slot is on both sides."""
         if not moves:
@@ -128,6 +137,8 @@ class Banks:
         """
         for tensor in self.layout.tensors:
             old, old_bytes = self.arrays[tensor.name], self._bytes.get(tensor.name)
+            if old.shape[0] == slots:  # a try for which memory ran out came as far as this
+                continue
             rows = min(slots, old.shape[0])
             if old_bytes is not None:
                 self._allocate(tensor, slots)

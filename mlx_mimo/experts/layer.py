@@ -102,15 +102,16 @@ class StreamedSwitchGLU(nn.Module):
         split = self.pool.reader.waiting > ENOUGH_WAITING if self.split is None else self.split
         with closing(self.pool.serve(Need.of(self.layer, chosen), split, hold=guesses is not None)) as steps:
             for step in steps:
+                if step.last and guesses is not None and not self.compute.takes_lazy:
+                    self.ahead.pool.guess(self.ahead.layer, guesses)  # read while the host computes
                 if step.last and parts is None:
                     y = self.compute(x, self.pool.slots_of(self.layer, chosen), self.pool.arrays)
                 else:
                     parts = parts or self._parts(chosen)
                     parts.add(self._pairs(x, parts.select(step.experts), chosen), evaluate=not step.last)
                     y = parts.joined() if step.last else None
-                if step.last:
-                    if self.compute.takes_lazy:
-                        self.pool.lazily(y)
+                if step.last and self.compute.takes_lazy:
+                    self.pool.lazily(y)
                     if guesses is not None:
                         mx.async_eval(y)
                         self.ahead.pool.guess(self.ahead.layer, guesses)

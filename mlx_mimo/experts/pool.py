@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from ..errors import MimoError
 from .banks import Banks
 from .policy import DEFAULT_HALF_LIFE_TOKENS, make_policy
-from .reader import Batch, ExpertReader
+from .reader import Batch, ExpertReader, Request
 from .record import ExpertFile, RecordLayout
 from .residents import Compute, Need, Read, Residents
 
@@ -45,11 +46,12 @@ class Counters:
 
 @dataclass
 class _Reading:
-    """Records of one layer on their way into slots."""
+    """Records of one layer on their way into slots; `guess` is the expert's number where it is one."""
 
     layer: int
     slots: np.ndarray
     batch: Batch
+    guess: int = -1
     settling: bool = field(default=False)
 
 
@@ -76,8 +78,10 @@ class Pool:
         self.banks = Banks(self.layout, slots, widen, in_place)
         self.preloaded = self.lookahead_reads = self.lookahead_used = 0
         self._lazy: list[mx.array] = []  # outputs that may not have been computed yet
+        self._reading: deque[_Reading] = deque()  # of the call that is served
         self._guesses: list[_Reading] = []
         self._guessed: dict[int, set[int]] = {}  # by layer: experts read on a guess and not asked for since
+        self._open = self._guessing = False  # while slots may be promised whose reads nobody has taken over
 
     @property
     def slots(self) -> int:
@@ -100,11 +104,13 @@ class Pool:
         cannot be read; residents and counters are then as if its read had not been tried.
         """
         self._evaluate()  # done long since in a model's run: the router that asks now has seen it
-        self._settle_guesses()
+        self._begin()
+        self._settle_guesses(need)
         if self._guessed:
             self._count_guesses(need.layer, need.experts)
         steps = self.residents.schedule(need, split, hold)
-        reading: deque[_Reading] = deque()
+        reading = self._reading
+        known = False  # where everything is, whether or not it went well
         try:
             for step in steps:
                 if isinstance(step, Read):
@@ -114,25 +120,39 @@ class Pool:
                     self._settle(reading[0])
                     reading.popleft()
                 yield step
+            known = True
+        except (MimoError, GeneratorExit):
+            known = True
+            raise
         finally:
+            if not known:
+                self._mend()
             for left in reading:
                 self._settle(left, quiet=True)
+            reading.clear()
             steps.close()
+            self._open = False
 
     def lazily(self, output: mx.array) -> None:
         """`output` may still have to read slots: it is evaluated before a slot is written or another call served."""
         self._lazy.append(output)
 
     def guess(self, layer: int, experts: np.ndarray) -> None:
-        """Reads guessed experts of a layer ahead, only while the reader is idle, evicting only what is worth less."""
+        """Reads guessed experts of a layer ahead, only while the reader is idle, evicting only what is worth less.
+
+        Outputs that are computed meanwhile must hold their slots (`serve` with `hold`).
+        """
         if not self.reader.idle or self._guesses:
             return
         base = self.residents.base[layer]
+        self._guessing = True
         keys, slots = self.residents.guess(experts + base)
-        if keys.size:
-            self._guesses.append(self._read(layer, keys - base, slots))
-            self._guessed.setdefault(layer, set()).update((keys - base).tolist())
-            self.lookahead_reads += keys.size
+        for key, slot in zip(keys, slots):
+            batch = self.reader.submit([self._request(layer, int(key - base), int(slot))], background=True)
+            self._guesses.append(_Reading(layer, np.array([slot]), batch, int(key - base)))
+            self._guessed.setdefault(layer, set()).add(int(key - base))
+            self.lookahead_reads += 1
+        self._guessing = False
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Fills free slots with the experts of highest score; returns how many were read.
@@ -147,19 +167,7 @@ class Pool:
         try:
             for start in range(0, wanted.size, PRELOAD_EXPERTS):
                 keys = wanted[start : start + PRELOAD_EXPERTS]
-                slots = table.fill(keys)
-                readings = [
-                    self._read(layer, keys[mine] - base, slots[mine])
-                    for layer, base in table.base.items()
-                    if (mine := (keys >= base) & (keys < base + self.num_experts)).any()
-                ]
-                try:
-                    for reading in readings:
-                        self._settle(reading, read=False)
-                finally:
-                    for reading in readings:
-                        self._settle(reading, quiet=True, read=False)
-                    table.settled(slots)
+                self._fill(keys)
                 done += keys.size
                 self.preloaded += keys.size
                 if progress:
@@ -168,24 +176,65 @@ class Pool:
             pass  # what is loaded stays; the rest comes when it is needed
         return done
 
+    def _fill(self, keys: np.ndarray) -> None:
+        """Reads absent experts into free slots and waits for them."""
+        self._begin()
+        table = self.residents
+        slots = table.fill(keys)
+        readings = [
+            self._read(layer, keys[mine] - base, slots[mine])
+            for layer, base in table.base.items()
+            if (mine := (keys >= base) & (keys < base + self.num_experts)).any()
+        ]
+        try:
+            for reading in readings:
+                self._settle(reading, read=False)
+        finally:
+            for reading in readings:
+                self._settle(reading, quiet=True, read=False)
+            table.settled(slots)
+        self._open = False
+
     def resize(self, slots: int) -> None:
         """Another number of slots, between calls; those worth most stay. See Banks.resize for the peak."""
-        if slots == self.slots:
+        if slots == self.slots == self.banks.slots:
             return
+        self._mend()
         self._settle_guesses()
         self._evaluate()
-        # An allocation that fails leaves some banks longer than the table, never shorter: the pool stays right.
-        if slots < self.slots:
+        # An allocation that fails leaves some banks longer than the table, never shorter: the pool stays right, and
+        # the same call may be tried again.
+        if slots <= self.slots:
             self.banks.move(self.residents.resize(slots))
             self.banks.resize(slots)
         else:
             self.banks.resize(slots)
             self.residents.resize(slots)
 
+    def _begin(self) -> None:
+        self._mend()
+        self._open = True
+
+    def _mend(self) -> None:
+        """Puts in order what an interrupt left of the call before, wherever it struck."""
+        if self._open or self._guessing:
+            self.reader.drain()
+            for reading in self._reading:
+                self.residents.drop(reading.slots, read=False)
+            self._reading.clear()
+            self._guesses.clear()
+            self._guessed.clear()
+            self.banks.abandon_all()
+            self.residents.recover()
+            self._open = self._guessing = False
+
     def _read(self, layer: int, experts: np.ndarray, slots: np.ndarray) -> _Reading:
         self._evaluate()
-        requests = [(layer, int(e), self.banks.buffers(int(s))) for e, s in zip(experts, slots)]
+        requests = [self._request(layer, int(e), int(s)) for e, s in zip(experts, slots)]
         return _Reading(layer, slots, self.reader.submit(requests))
+
+    def _request(self, layer: int, expert: int, slot: int) -> Request:
+        return Request(layer, expert, self.banks.buffers(slot))
 
     def _settle(self, reading: _Reading, quiet: bool = False, read: bool = True) -> None:
         """Waits for the reads; what failed leaves the table. Raises the first error unless `quiet`."""
@@ -207,13 +256,20 @@ class Pool:
         if first is not None and not quiet:
             raise first
 
-    def _settle_guesses(self) -> None:
+    def _settle_guesses(self, need: Need | None = None) -> None:
+        """Waits for the guesses that `need` wants, or for all where it may want their slots; others read on."""
+        some = need is not None and need.together and need.experts.size + len(self._guesses) <= self.slots
+        left = []
         while self._guesses:
             reading = self._guesses[0]
-            slots = reading.slots
-            self._settle(reading, quiet=True, read=False)
-            self.residents.settled(slots)
+            if some and not reading.batch.done and (reading.layer != need.layer or reading.guess not in need.experts):
+                left.append(reading)
+            else:
+                slots = reading.slots
+                self._settle(reading, quiet=True, read=False)
+                self.residents.settled(slots)
             self._guesses.pop(0)
+        self._guesses = left
 
     def _count_guesses(self, layer: int, experts: np.ndarray) -> None:
         guessed = self._guessed.pop(layer, None)

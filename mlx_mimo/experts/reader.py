@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..errors import MimoError
@@ -107,15 +108,18 @@ class ExpertReader:
             if error is not None:
                 raise error
 
-    def submit(self, requests: Iterable[Request | tuple]) -> Batch:
-        """Starts the reads, largest first, and returns at once (small batches are read here and now)."""
+    def submit(self, requests: Iterable[Request | tuple], background: bool = False) -> Batch:
+        """Starts the reads, largest first, and returns at once; small batches are read here and now, unless they are
+        meant for the `background`."""
         requests = [r if isinstance(r, Request) else Request(*r) for r in requests]
         sizes = [request.nbytes for request in requests]
         order = sorted(range(len(requests)), key=sizes.__getitem__, reverse=True)
-        if sum(sizes) < INLINE_BYTES:
+        if sum(sizes) < INLINE_BYTES and not background:
             batch = Batch(requests)
             for index in order:
-                self._serve(batch, index)
+                interrupt = self._serve(batch, index)
+                if interrupt is not None:
+                    raise interrupt
             self.waiting -= self.waiting * MEMORY  # the caller was kept busy
             return batch
         lanes = min(self.threads, len(requests), os.cpu_count() or 1)
@@ -131,15 +135,28 @@ class ExpertReader:
             running = time.perf_counter() - self._since if self._running else 0.0
             return self._seconds + running
 
+    def drain(self) -> None:
+        """Blocks until everything submitted has been read or has failed, batches that were lost included."""
+        readers = self._alive()
+        meeting = threading.Barrier(len(readers) + 1)
+        for _ in readers:
+            self._queue.put(meeting)
+        try:
+            meeting.wait()
+        except BaseException:
+            meeting.abort()  # or the readers would wait for whom an interrupt took away
+            raise
+
     @property
     def idle(self) -> bool:
         return self._running == 0 and self._queue.empty()
 
     def close(self) -> None:
         """Ends the threads after what is queued, then closes the files."""
-        for _ in self._workers:
+        readers = self._alive()
+        for _ in readers:
             self._queue.put(None)
-        for worker in self._workers:
+        for worker in readers:
             worker.join()
         self._workers.clear()
         while self._fds:
@@ -149,18 +166,30 @@ class ExpertReader:
         with self._lock:
             self.waiting += (min(1.0, max(0.0, share)) - self.waiting) * MEMORY
 
+    def _alive(self) -> list[threading.Thread]:
+        """The threads, without one that could not be started."""
+        return [worker for worker in self._workers if worker.is_alive()]
+
     def _start_workers(self, wanted: int) -> None:
+        if len(self._workers) < min(self.threads, wanted):
+            self._workers = self._alive()
         while len(self._workers) < min(self.threads, wanted):
             worker = threading.Thread(target=self._work, name=f"expert-reader-{len(self._workers)}", daemon=True)
-            self._workers.append(worker)
+            self._workers.append(worker)  # before it runs: a thread that is on no list would never be ended
             worker.start()
 
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
-            self._serve(*task)
+            if isinstance(task, threading.Barrier):
+                with suppress(threading.BrokenBarrierError):
+                    task.wait()
+            else:
+                self._serve(*task)
 
-    def _serve(self, batch: Batch, index: int) -> None:
+    def _serve(self, batch: Batch, index: int) -> BaseException | None:
+        """Ends one request, in a reader's thread or the caller's; returns an interrupt that came meanwhile."""
         error: MimoError | None = None
+        interrupt: BaseException | None = None
         busy = time.thread_time()
         with self._lock:
             if self._running == 0:
@@ -174,12 +203,14 @@ class ExpertReader:
             request = batch.requests[index]
             error = MimoError(self._where(request) + f"cannot be read: {unknown!r}")
             error.__cause__ = unknown
+            interrupt = None if isinstance(unknown, Exception) else unknown
         finally:
             with self._lock:
                 self._running -= 1
                 if self._running == 0:
                     self._seconds += time.perf_counter() - self._since
             batch._finish(index, error, time.thread_time() - busy)
+        return interrupt
 
     def _where(self, request: Request) -> str:
         file = self.files.get(request.layer)

@@ -192,7 +192,12 @@ class Residency:
             return
         with self._lock:
             wanted, self._wanted_bytes = self._wanted_bytes, None
-        self.resize(wanted)
+        try:
+            self.resize(wanted)
+        except (MemoryError, RuntimeError) as error:  # MLX raises the latter where memory cannot be had
+            counters = self.counters
+            kept = _size(counters.slots * counters.slot_bytes)
+            warnings.warn(f"experts keep {kept}, {_size(wanted)} wanted: {error}", ResidencyWarning, stacklevel=2)
 
     @cached_property
     def fingerprint(self) -> str:

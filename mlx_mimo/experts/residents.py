@@ -74,6 +74,7 @@ class Residents:
         self.rank = np.full(slots, FREE)  # by slot: the resident's score, HELD or FREE
         self.uses = np.zeros(self.slot_of.size, dtype=np.int64)  # by key: tokens that used it
         self.tokens = 0.0
+        self._promised: list[int] = []  # slots whose reads have not been taken over by whoever asked for the step
         self.hits = self.misses = self.evictions = 0
 
     @property
@@ -90,8 +91,10 @@ class Residents:
         One that goes together has one Compute with everything in slots at once, where the slots suffice; `split` lets
         it compute the hits while the misses are read, `hold` keeps hits from a guess that is made in between. Otherwise
         the call goes in waves: residents first, then what is missing, the most used last, each wave read while the one
-        before it computes. An expert is read at most once. Slots in use are released when the iterator ends or is
-        closed.
+        before it computes. An expert is read at most once.
+
+        Whoever asks for the next step has taken the reads of the last one over: `drop` what fails of them. When the
+        iterator ends, is closed or is interrupted, slots in use are released and those not taken over are empty.
         """
         base, held = self.base[need.layer], []
         keys = need.experts + base
@@ -105,7 +108,6 @@ class Residents:
             else:
                 present.append(key)
                 hits.append(slot)
-        self.misses += len(missing)
         self.hits += len(present)
         try:
             if not need.together or keys.size > self.slots:
@@ -118,14 +120,22 @@ class Residents:
                 return
             self._hold(hits, held)
             experts = _experts(missing, base)
-            yield Read(experts, self._admit(missing, held))
+            yield from self._read(missing, base, held)
             if split and present:
                 yield Compute(_experts(present, base), 0)
                 yield Compute(experts, 1, last=True)
             else:
                 yield Compute(need.experts, 1, last=True)
         finally:
+            if self._promised:
+                self.drop(np.array(self._promised, dtype=np.int32), read=False)
+                self._promised = []
             self._release(held)
+
+    def _read(self, keys: list[int], base: int, held: list[int]) -> Iterator[Read]:
+        yield Read(_experts(keys, base), self._admit(keys, held, self._promised))
+        self.misses += len(keys)
+        self._promised = []
 
     def _waves(
         self, present: list[int], missing: list[int], pairs: dict[int, int], base: int, held: list[int]
@@ -140,7 +150,7 @@ class Residents:
                 group = wanted.popleft()
                 reading.append(group)
                 writable -= len(group)
-                yield Read(_experts(group, base), self._admit(group, held))
+                yield from self._read(group, base, held)
             group, reads = (ready.popleft(), 0) if ready else (reading.popleft(), 1)
             yield Compute(_experts(group, base), reads, not (ready or wanted or reading))
             self._release([self.slot_of.item(key) for key in group])
@@ -170,21 +180,25 @@ class Residents:
         self.rank[:] = np.where(self.key_of >= 0, self.policy.score[self.key_of], FREE)
         self.rank[held] = HELD
 
-    def _admit(self, keys: list[int], held: list[int]) -> np.ndarray:
-        """Slots for `keys`, added to `held`; who lay there is evicted. At least as many slots must be writable."""
+    def _admit(self, keys: list[int], *lists: list[int]) -> np.ndarray:
+        """Slots for `keys`, added to `lists`; who lay there is evicted. At least as many slots must be writable.
+
+        An interrupt may come between any two lines: a slot is held, and on the lists, before its key is in the table.
+        """
         rank, key_of, slot_of = self.rank, self.key_of, self.slot_of
         slots = []
         for key in keys:
             slot = int(rank.argmin())
+            rank[slot] = HELD
+            for each in lists:
+                each.append(slot)
             former = key_of.item(slot)
             if former >= 0:
                 slot_of[former] = -1
                 self.evictions += 1
-            slot_of[key] = slot
             key_of[slot] = key
-            rank[slot] = HELD
+            slot_of[key] = slot
             slots.append(slot)
-        held += slots
         return np.array(slots, dtype=np.int32)
 
     def _hold(self, slots: list[int], held: list[int]) -> None:
@@ -208,14 +222,14 @@ class Residents:
 
     def fill(self, keys: np.ndarray) -> np.ndarray:
         """Slots for absent `keys` outside of any call; held until `settled`. For preloading a profile."""
-        return self._admit(keys.tolist(), [])
+        return self._admit(keys.tolist())
 
     def guess(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(keys, slots) for those absent `keys` that are worth more than who would leave; held until `settled`."""
         taken: list[tuple[int, int]] = []
         for key in keys[np.argsort(-self.policy.score[keys], kind="stable")]:
             if self.slot_of[key] < 0 and self.rank.min() < self.policy.score[key]:
-                taken.append((int(key), int(self._admit([int(key)], [])[0])))
+                taken.append((int(key), int(self._admit([int(key)])[0])))
         rows = np.array(taken, dtype=np.int32).reshape(-1, 2)
         return rows[:, 0], rows[:, 1]
 
@@ -229,6 +243,14 @@ class Residents:
         self.tokens = tokens
         self.policy.seed(uses / max(tokens, 1.0))
         self._rank_all()
+
+    def recover(self) -> None:
+        """After an interrupt: empties every slot that is held, since nobody knows what lies there."""
+        self._promised = []
+        self.drop(np.flatnonzero(self.rank == HELD), read=False)
+        taken = np.flatnonzero(self.key_of >= 0)
+        self.slot_of[:] = -1
+        self.slot_of[self.key_of[taken]] = taken
 
     def forget(self) -> None:
         """Empties every slot."""

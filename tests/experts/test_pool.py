@@ -1,9 +1,12 @@
 """A pool through every fault: what it holds is right or not there, and the next call is served."""
 
+import linecache
 import os
 import shutil
+import sys
+import threading
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +14,10 @@ import pytest
 from tiny_experts import EXPERTS, random_experts, write_expert_file
 
 from mlx_mimo.errors import MimoError
+from mlx_mimo.experts import banks as banks_module
+from mlx_mimo.experts import pool as pool_module
+from mlx_mimo.experts import reader as reader_module
+from mlx_mimo.experts import residents as residents_module
 from mlx_mimo.experts.pool import Counters, Pool, divide, group_by_shape
 from mlx_mimo.experts.reader import ExpertReader
 from mlx_mimo.experts.record import expert_files
@@ -150,9 +157,12 @@ def test_when_the_nth_read_fails_the_next_call_is_right(make, disk, slots, nth, 
     ):
         serve(pool, call)
     assert_consistent(pool)
-    assert pool.residents.misses <= misses + 5
+    record = pool.layout.nbytes
+    assert pool.reader.bytes_read == pool.residents.misses * record
+    assert misses <= pool.residents.misses <= misses + 5
     disk.fault = lambda n: None
     serve(pool, call)
+    assert pool.reader.bytes_read == pool.residents.misses * record
     serve(pool, need(2, 0, 1, 2))
     assert_consistent(pool)
 
@@ -161,9 +171,10 @@ def test_every_read_fails_and_then_none(make, disk):
     pool = make(8)
     disk.fault = lambda n: "fail"
     for _ in range(3):
-        with pytest.raises(MimoError):
-            serve(pool, need(1, 0, 1, 2, 3))
-        assert pool.residents.resident == 0
+        for together in (True, False):
+            with pytest.raises(MimoError):
+                serve(pool, need(1, 0, 1, 2, 3, together=together))
+            assert pool.residents.resident == 0
     assert (pool.residents.hits, pool.residents.misses) == (0, 0)
     disk.fault = lambda n: None
     serve(pool, need(1, 0, 1, 2, 3))
@@ -197,6 +208,7 @@ def test_a_consumer_that_gives_up_leaves_the_pool_whole(make, disk):
         next(steps)
         steps.close()
         assert_consistent(pool)
+        assert pool.reader.bytes_read == pool.residents.misses * pool.layout.nbytes
     serve(pool, need(1, *range(12)))
 
 
@@ -204,8 +216,8 @@ def test_an_interrupt_while_waiting_leaves_the_pool_whole(make, monkeypatch):
     pool = make(8)
     submit = pool.reader.submit
 
-    def interrupting(requests):
-        batch = submit(requests)
+    def interrupting(requests, background=False):
+        batch = submit(requests, background)
         wait = batch.wait
         calls = []
 
@@ -224,6 +236,94 @@ def test_an_interrupt_while_waiting_leaves_the_pool_whole(make, monkeypatch):
     assert_consistent(pool)
     monkeypatch.setattr(pool.reader, "submit", submit)
     serve(pool, need(1, 0, 1, 2))
+
+
+def interrupted(nth: int, work) -> bool:
+    """Runs `work` with a KeyboardInterrupt at the nth line of the pool's code that this thread comes to.
+
+    Lines that begin `with` come up again before the lock is released; there the interpreter takes no signal.
+    """
+    lines = 0
+
+    def each(frame, event, _):
+        nonlocal lines
+        if event != "line" or linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith("with"):
+            return each
+        lines += 1
+        if lines == nth:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return each
+
+    sys.settrace(lambda frame, *_: each if frame.f_code.co_filename in POOL_CODE else None)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return lines >= nth  # preload keeps the interrupt to itself
+
+
+POOL_CODE = {module.__file__ for module in (pool_module, reader_module, residents_module, banks_module)}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("what", ["together", "waves", "guess", "preload"])
+def test_an_interrupt_at_any_line_leaves_the_next_call_right(make, what, in_place):
+    pool, rng = make(7, in_place=in_place), np.random.default_rng(0)
+    for _ in range(3):
+        serve(pool, need(1, *range(6)))
+
+    def work():
+        experts = rng.permutation(EXPERTS)[:5]
+        if what == "preload":
+            pool.preload()
+        elif what == "guess":
+            with closing(pool.serve(need(1, *experts[:2]), hold=True)) as steps:
+                for _ in steps:
+                    pool.guess(2, experts[2:])
+        else:
+            serve(pool, need(1, *experts, together=what == "together"))
+
+    nth = 1
+    while interrupted(nth, work):
+        serve(pool, need(1 + nth % 2, *rng.permutation(EXPERTS)[:4]))
+        pool.reader.drain()
+        serve(pool, need(1, 0))
+        assert_consistent(pool)
+        if what == "preload":
+            pool.residents.forget()
+        nth += 1
+    assert nth > 20, "lines interrupted"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("what", ["serve", "guess", "preload"])
+def test_reads_that_cannot_be_handed_over_leave_no_expert_behind(make, monkeypatch, error, late, what):
+    pool = make(8)
+    serve(pool, need(1, 0, 1))
+    pool.residents.uses[[3, 4]] = 1
+    submit = pool.reader.submit
+
+    def failing(requests, background=False):
+        if late:
+            submit(requests, background)
+        raise error
+
+    monkeypatch.setattr(pool.reader, "submit", failing)
+    with pytest.raises(type(error)) if (what, type(error)) != ("preload", KeyboardInterrupt) else nullcontext():
+        if what == "serve":
+            serve(pool, need(1, 1, 2, 3))
+        elif what == "guess":
+            pool.guess(2, np.array([3, 4]))
+        else:
+            pool.preload()
+    monkeypatch.setattr(pool.reader, "submit", submit)
+    serve(pool, need(1, 2, 3, 4))
+    serve(pool, need(2, 3, 4))
+    assert_consistent(pool)
 
 
 def test_lazy_outputs_are_computed_before_their_slots_are_written(make):
@@ -284,6 +384,7 @@ def test_a_resize_without_memory_changes_nothing_that_is_right(make, monkeypatch
     assert_consistent(pool)
     serve(pool, need(2, 0, 1, 2, 3, 4, 5))
     pool.resize(target)
+    assert {bank.shape[0] for bank in pool.arrays.values()} == {target}
     serve(pool, need(1, 0, 1, 2, 3, 4, 5))
     assert_consistent(pool)
 
@@ -308,11 +409,42 @@ def test_a_guess_that_cannot_be_read_is_no_error_until_it_is_needed(make, disk):
     pool = make(8)
     disk.fault = lambda n: "fail"
     pool.guess(1, np.array([4, 5]))
+    pool.reader.drain()
     disk.fault = lambda n: None
     serve(pool, need(1, 0))
     assert_consistent(pool)
     serve(pool, need(1, 4, 5))
     assert pool.lookahead_used == 0
+
+
+def test_a_call_waits_for_no_guess_but_its_own(make, disk):
+    pool, gate = make(8), threading.Event()
+    serve(pool, need(1, 0))
+    disk.fault = lambda n: gate.wait(10) and None
+    pool.guess(2, np.array([4, 5]))
+    serve(pool, need(1, 0))  # a hit, while both guesses wait for the disk
+    assert not pool.reader.idle
+    disk.fault = lambda n: None
+    gate.set()
+    serve(pool, need(2, 4))
+    assert pool.lookahead_used == 1
+    assert pool.residents.misses == 1
+    pool.reader.drain()
+    serve(pool, need(1, 0))
+    assert_consistent(pool)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_guesses_do_not_take_the_slots_that_a_call_needs(make, disk, slots):
+    disk.fault = lambda n: "slow"
+    pool = make(slots)
+    for step in range(8):
+        pool.guess(2, np.array([4, 5, step % 3]))
+        serve(pool, need(1, *range(step, step + 3)))
+        serve(pool, need(1, step, step + 1), hold=True)
+    pool.reader.drain()
+    serve(pool, need(1, 0))
+    assert_consistent(pool)
 
 
 def test_counters_have_a_hit_rate():

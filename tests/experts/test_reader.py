@@ -234,3 +234,55 @@ def test_an_empty_batch_is_done(files):
     reader = ExpertReader(files)
     assert reader.submit([]).wait() == []
     reader.close()
+
+
+def test_a_thread_that_cannot_start_spoils_nothing(files, monkeypatch):
+    monkeypatch.setattr("mlx_mimo.experts.reader.INLINE_BYTES", 0)
+    reader = ExpertReader(files, threads=3)
+    requests, targets = everything(files)
+    start = threading.Thread.start
+
+    def failing(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        reader.read(requests)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    reader.drain()
+    reader.read(requests)
+    assert_all_right(files, targets)
+    reader.close()
+
+
+def test_an_interrupt_during_a_read_by_the_caller_stays_one(files):
+    calls = []
+
+    def interrupting(fd, views, offset):
+        calls.append(offset)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return os.preadv(fd, views, offset)
+
+    reader = ExpertReader(files, preadv=interrupting)
+    requests, targets = everything(files)
+    with pytest.raises(KeyboardInterrupt):
+        reader.read(requests)
+    assert reader.idle
+    reader.read(requests)
+    assert_all_right(files, targets)
+
+
+def test_drain_waits_for_a_batch_that_nobody_has(files, monkeypatch):
+    monkeypatch.setattr("mlx_mimo.experts.reader.INLINE_BYTES", 0)
+
+    def slow(fd, views, offset):
+        time.sleep(0.02)
+        return os.preadv(fd, views, offset)
+
+    reader = ExpertReader(files, threads=2, preadv=slow)
+    requests, targets = everything(files)
+    reader.submit(requests)
+    reader.drain()
+    assert_all_right(files, targets)
+    reader.close()
