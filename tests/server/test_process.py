@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,14 +60,14 @@ def start():
             process.process.wait()
 
 
-def endless(process: Process):
+def endless(process: Process, max_tokens: int = 3500):
     """A stream that lasts far longer than a test, begun."""
     url = process.wait_for(r"ready: (\S+)")[1]
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     messages = [{"role": "user", "content": "hi"}]
     bias = {"256": -100, "258": -100}
     stream = client.chat.completions.create(
-        model="tiny", messages=messages, max_tokens=3500, stream=True, logit_bias=bias
+        model="tiny", messages=messages, max_tokens=max_tokens, stream=True, logit_bias=bias
     )
     next(iter(stream))
     return stream
@@ -81,6 +82,42 @@ def test_sigterm_lets_an_answer_finish_within_the_deadline_and_exits_0(start, mo
         list(stream)
     assert process.end() == 0
     assert 1 <= time.monotonic() - began < 15
+
+
+def test_sigterm_lets_a_short_answer_finish_and_does_not_wait_longer(start, model_directory):
+    process = start("--model", model_directory, *FLAGS, "--shutdown-seconds", "300")
+    stream = endless(process, max_tokens=200)
+    began = time.monotonic()
+    process.process.send_signal(signal.SIGTERM)
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+    assert process.end() == 0
+    assert time.monotonic() - began < 60
+
+
+CODE = """
+import pathlib
+from transformers import PreTrainedTokenizerFast
+
+pathlib.Path({marker!r}).touch()
+
+
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_the_model_runs_only_with_the_flag(start, model_directory, tmp_path, monkeypatch, trusted):
+    model, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(model_directory, model)
+    (model / "tokenizer_code.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": [None, "tokenizer_code.Tokenizer"]}, "tokenizer_class": "Tokenizer"}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    process = start("--model", model, *FLAGS, *(["--trust-remote-code"] if trusted else []))
+    process.wait_for("ready:|error:")
+    assert marker.exists() == trusted
 
 
 def test_a_second_sigterm_does_not_wait(start, model_directory):
