@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,3 +395,14 @@ def test_a_disk_is_measured_on_the_files_themselves(tmp_path):
     path.write_bytes(bytes(1 << 20))
     assert read_speed([path], seconds=0.05, piece=1 << 16) > 0
     assert read_speed([path], piece=1 << 22) is None
+
+
+def test_every_json_field_is_documented(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "JSON.md").read_text(encoding="utf-8")
+    table = page.partition("## plan")[2].partition("## bench")[0]
+    fields = run_plan(capsys, "--memory", "64GB", "--ssd", "6GB/s")
+    names = {*fields, "machines", *fields["machine"], *fields["bytes"], *fields["experts"], *fields["forecast"]} - {
+        "exit",
+        "name",
+    }
+    assert not [name for name in names if f"`{name}`" not in table]

@@ -253,9 +253,9 @@ def _fit_auto(budget: Budget, available: int, large: bool) -> Fit:
 
 def _chunks(budget: Budget, room: int, large: bool) -> tuple[int, ...]:
     """Chunks from the largest. A larger one than usual reads each absent expert half as often in a long prompt, and
-    takes the place of some: it is worth that where these are few of many."""
-    more = budget.with_chunk(LARGE_CHUNK)
-    if large and room < budget.experts and budget.context >= LARGE_CHUNK and 20 * more.transients <= room:
+    takes the place of some: it is worth that where these are few beside both the resident and the absent ones."""
+    more = 20 * budget.with_chunk(LARGE_CHUNK).transients
+    if large and budget.context >= LARGE_CHUNK and more <= min(room, budget.experts - room):
         return (LARGE_CHUNK, CHUNK, *_SMALLER_CHUNKS)
     return (CHUNK, *_SMALLER_CHUNKS)
 

@@ -28,7 +28,8 @@ class Range:
 
 
 # Share of experts resident → hit rate while decoding. Others measured 64–71 % at 12.5 % and 80–87 % at 25 % on a model
-# of the same expert geometry, 29 % for a decayed LFU at 3 % (5 % for LRU), 83 % at half on another one.
+# of the same expert geometry, 29 % for a decayed LFU at 3 % (5 % for LRU). At half the curve is drawn from what lies
+# beside it: the one published figure there, 83 %, is of another model, and less than this one hits at a quarter.
 HIT_RATES: Sequence[tuple[float, float, float, float]] = (
     (0.0, 0.0, 0.0, 0.0),
     (0.031, 0.05, 0.25, 0.35),

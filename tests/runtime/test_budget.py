@@ -120,6 +120,13 @@ def test_the_chunk_follows_from_what_is_free(available, chunk):
     assert (found.expert_bytes == found.budget.experts) == (available == 240)
 
 
+def test_where_few_experts_are_absent_the_usual_chunk_stays():
+    """At 2 bits 96 GB hold all but a tenth of them, and a larger chunk would make that more."""
+    found = fit(full("2bit"), 106 * GB)
+    assert (found.chunk, found.expert_bytes > 0.85 * found.budget.experts) == (2048, True)
+    assert found.expert_bytes < found.budget.experts
+
+
 def test_a_cpu_never_gets_the_large_chunk():
     assert fit(full("4bit"), 96 * GB, large=False).chunk == 2048
 
