@@ -265,18 +265,17 @@ def _check_room(args: argparse.Namespace, directory: Path) -> None:
     import mlx.core as mx
 
     from .models.config import ModelArgs
-    from .runtime.budget import available_memory, measure
+    from .runtime.budget import available_memory, item_bytes, measure
     from .runtime.load import on_cpu
     from .runtime.source import read_config
 
-    item_bytes = 4 if on_cpu() else 2
     longest = max(args.context) + max(args.prompt_tokens) + args.generation_tokens
-    budget = measure(directory, ModelArgs.from_dict(read_config(directory)), longest, 1, item_bytes, item_bytes)
+    budget = measure(directory, ModelArgs.from_dict(read_config(directory)), longest, 1, *item_bytes(on_cpu()))
     experts = sum(count * size for count, size in _slots(directory)) or budget.experts
     asked = [_memory(part, directory) for part in args.expert_memory.split(",")]
     # auto takes what is left, one expert if need be.
     most = max(experts if size == "all" else 0 if size == "auto" else min(size, experts) for size in asked)
-    ours, theirs = budget.trunk + budget.kv + most, bytes_in_memory(directory, item_bytes) + budget.kv
+    ours, theirs = budget.trunk + budget.kv + most, bytes_in_memory(directory, 4 if on_cpu() else 2) + budget.kv
     free = available_memory(None if on_cpu() else mx.device_info().get("max_recommended_working_set_size"))
     if ours + theirs > free:
         raise MimoError(

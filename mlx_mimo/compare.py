@@ -116,7 +116,13 @@ def _run(args: argparse.Namespace, directory: str, pieces: list[list[int]], each
     from .runtime.load import load
     from .runtime.quality import predictions
 
-    model, _ = load(directory, expert_memory=args.expert_memory, threads=args.threads, progress=sys.stderr.isatty())
+    model, _ = load(
+        directory,
+        expert_memory=args.expert_memory,
+        threads=args.threads,
+        reader_threads=args.reader_threads,
+        progress=sys.stderr.isatty(),
+    )
     try:
         predictions(model, pieces, each)
         counters = model.residency.counters if model.residency else None
