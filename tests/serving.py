@@ -1,6 +1,10 @@
-"""A server in this process, on a free port."""
+"""Servers on free ports: in this process, or as a process of their own."""
 
 import contextlib
+import queue
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,3 +31,30 @@ def running_server(directory: Path | None, *flags: str, wait: bool = True) -> It
         hurry = threading.Event()
         hurry.set()
         server.stop(0, hurry)
+
+
+class Process:
+    """`python -m mlx_mimo.server`, and what it says."""
+
+    def __init__(self, *flags: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_mimo.server", *map(str, flags)], stderr=subprocess.PIPE, text=True
+        )
+        self.lines: queue.Queue[str] = queue.Queue()
+        self.said = ""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            self.lines.put(line)
+        self.lines.put("")
+
+    def wait_for(self, pattern: str) -> re.Match:
+        while (match := re.search(pattern, self.said)) is None:
+            line = self.lines.get(timeout=90)
+            assert line, f"ended, having said: {self.said}"
+            self.said += line
+        return match
+
+    def end(self) -> int:
+        return self.process.wait(timeout=60)

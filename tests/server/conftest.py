@@ -9,7 +9,7 @@ import mlx.core as mx
 import openai
 import pytest
 from checkpoints import tiny_config, write_checkpoint
-from serving import running_server
+from serving import Process, running_server
 
 from mlx_mimo.convert import convert_checkpoint
 from mlx_mimo.server import worker as worker_module
@@ -62,3 +62,18 @@ class Script:
 @pytest.fixture
 def script(server, monkeypatch) -> Script:
     return Script(server, monkeypatch)
+
+
+@pytest.fixture
+def start():
+    processes = []
+
+    def begin(*flags: str) -> Process:
+        processes.append(Process(*flags))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        if process.process.poll() is None:
+            process.process.kill()
+            process.process.wait()

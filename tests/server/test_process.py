@@ -2,62 +2,16 @@
 
 import json
 import os
-import queue
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
 
 import mlx.core as mx
 import openai
 import pytest
+from serving import Process
 
 FLAGS = ("--port", "0", "--expert-memory", "120KB", "--log-level", "WARNING")
-
-
-class Process:
-    """`python -m mlx_mimo.server`, and what it says."""
-
-    def __init__(self, *flags: str):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_mimo.server", *map(str, flags)], stderr=subprocess.PIPE, text=True
-        )
-        self.lines: queue.Queue[str] = queue.Queue()
-        self.said = ""
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self.process.stderr:
-            self.lines.put(line)
-        self.lines.put("")
-
-    def wait_for(self, pattern: str) -> re.Match:
-        while (match := re.search(pattern, self.said)) is None:
-            line = self.lines.get(timeout=90)
-            assert line, f"ended, having said: {self.said}"
-            self.said += line
-        return match
-
-    def end(self) -> int:
-        return self.process.wait(timeout=60)
-
-
-@pytest.fixture
-def start():
-    processes = []
-
-    def begin(*flags: str) -> Process:
-        processes.append(Process(*flags))
-        return processes[-1]
-
-    yield begin
-    for process in processes:
-        if process.process.poll() is None:
-            process.process.kill()
-            process.process.wait()
 
 
 def endless(process: Process, max_tokens: int = 3500):
