@@ -120,7 +120,7 @@ class Residency:
         self._lock = threading.Lock()
         first = next(iter(self.modules.values()))
         if pools:
-            first.before = self._apply_request
+            first.before = self.apply_resize
 
     @property
     def all_resident(self) -> bool:
@@ -181,13 +181,15 @@ class Residency:
         shrinking = sorted(zip(self.pools, shares), key=lambda row: row[1] - row[0].slots)
         for pool, share in shrinking:
             pool.resize(min(share, most_slots(pool.layout, pool.banks.widen) or share))
+        mx.clear_cache()  # what MLX keeps of freed memory is no use to others
 
     def request_resize(self, expert_memory_bytes: int) -> None:
         """As `resize`, from any thread: done before the next token."""
         with self._lock:
             self._wanted_bytes = expert_memory_bytes
 
-    def _apply_request(self) -> None:
+    def apply_resize(self) -> None:
+        """Does what `request_resize` asked for, if anything; called before each token. Without memory for it, warns."""
         if self._wanted_bytes is None:
             return
         with self._lock:

@@ -46,6 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--decode-concurrency", type=positive_int, default=32, help="when every expert is resident")
     parser.add_argument("--prompt-concurrency", type=positive_int, default=8, help="when every expert is resident")
     parser.add_argument(
+        "--memory-floor",
+        type=_floor,
+        default=2 * 10**9,
+        metavar="SIZE",
+        help="where less is free, streamed experts give memory back until it no longer is; 0: never (default: 2GB)",
+    )
+    parser.add_argument(
         "--prefill-step-size",
         type=positive_int,
         metavar="N",
@@ -93,6 +100,10 @@ def _each(read: Callable[[str], str], text: str) -> tuple[str, ...]:
         return tuple(map(read, _list(text)))
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _floor(text: str) -> int:
+    return 0 if text == "0" else _size(text)
 
 
 def _size(text: str) -> int:

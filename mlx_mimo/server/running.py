@@ -20,6 +20,7 @@ from .connection import Server
 from .fingerprint import fingerprint
 from .handler import Handler, Site
 from .metrics import Metrics
+from .pressure import Pressure
 from .prompt_cache import PromptCache
 from .prompt_cache_file import PromptCacheFile
 from .provider import Provider
@@ -57,6 +58,7 @@ class Running:
         metrics = Metrics(self.worker)
         system = get_system_fingerprint()
         self.site = Site(self.worker, access, metrics, self.model_name, system, int(time.time()), save)
+        self._pressure = Pressure(self.worker, args.memory_floor)
         self._http = threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
 
     @property
@@ -79,10 +81,12 @@ class Running:
 
     def start(self) -> None:
         self._http.start()
+        self._pressure.start()
 
     def stop(self, seconds: float, hurry: threading.Event) -> None:
         """Takes no more requests, lets the present ones finish for `seconds` or until `hurry`, cancels the rest."""
         self.worker.draining = True
+        self._pressure.stop()
         wait_until(lambda: self.worker.outstanding == 0 or hurry.is_set(), seconds)
         if self.worker.outstanding:
             logging.warning("%d requests are cancelled", self.worker.outstanding)
