@@ -15,6 +15,7 @@ import numpy as np
 from mlx_mimo.errors import FormatError, MimoError
 
 from . import fp8, manifest
+from .bridge_line import sha256
 from .compute import kv_names, kv_scales
 from .journal import DirectoryLock
 from .quantise import bfloat16, from_bfloat16
@@ -23,7 +24,6 @@ from .remote import RemoteSource
 from .shapes import global_layers
 from .source import Source, is_repo, read_json
 from .stored import Stored
-from .verify import sha256
 from .writer import flush_directory, write_whole
 
 OLD = "mlx_mimo-repair-old.bin"  # the bytes that are being replaced, until they are

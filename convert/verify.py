@@ -1,7 +1,6 @@
 """`convert verify DIR`: is it whole, is it what its config says, and with `--deep` how far it is from the source."""
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from mlx_mimo.experts.record import expert_files
 from mlx_mimo.models.config import ModelArgs
 
 from . import manifest
-from .bridge_line import without
+from .bridge_line import sha256, size
 from .compute import Computer, find_kv_maps
 from .fp8 import dequantise
 from .journal import NAME as JOURNAL
@@ -57,24 +56,13 @@ def _manifest_problems(directory: Path, fields: dict | None) -> Iterator[str]:
         path = directory / name
         if not path.is_file():
             yield f"{name}: missing"
-            continue
-        config = without(path.read_bytes()) if name == "config.json" else None
-        nbytes = path.stat().st_size if config is None else len(config)
-        if nbytes != wanted["bytes"]:
-            yield f"{name}: {wanted['bytes']:,} bytes expected, {nbytes:,} found; convert again"
-        elif (sha256(path) if config is None else hashlib.sha256(config).hexdigest()) != wanted["sha256"]:
+        elif size(path) != wanted["bytes"]:
+            yield f"{name}: {wanted['bytes']:,} bytes expected, {size(path):,} found; convert again"
+        elif sha256(path) != wanted["sha256"]:
             yield f"{name}: its bytes are not those that were written (sha256); convert again"
     for path in sorted(directory.glob("model*.safetensors")):
         if path.name not in fields["files"]:
             yield f"{path.name}: not in the manifest, yet mlx-lm would load it"
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _shape_problems(stored: Stored, plan: Plan) -> Iterator[str]:

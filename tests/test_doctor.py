@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from converted import converted_directory, fp8_directory, stacked_directory
 
+from mlx_mimo import bridge
 from mlx_mimo.doctor import build_parser, doctor
 from mlx_mimo.errors import FormatError, UsageError
 from mlx_mimo.experts.header import read_header
@@ -78,6 +80,11 @@ def test_a_sound_directory_passes_deep(directory, capsys):
     assert code == 0
     for name in ("model.config", "model.files", "model.experts", "model.manifest", "model.complete", "model.hashes"):
         assert checks[name]["status"] == OK, checks[name]
+
+
+def test_the_bridge_is_no_damage(directory, capsys):
+    bridge.switch(directory, True)
+    assert run_doctor(capsys, directory, "--deep")[0] == 0
 
 
 def fails(capsys, directory, *arguments) -> dict:
@@ -334,3 +341,10 @@ def test_doctor_loads_no_framework():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr + result.stdout
+
+
+def test_every_id_is_documented():
+    page = (Path(__file__).parents[1] / "docs" / "JSON.md").read_text(encoding="utf-8")
+    table = page.partition("## doctor")[2].partition("## plan")[0]
+    rows = [row.partition("|")[2].partition("|")[0] for row in table.splitlines() if row.startswith("| `")]
+    assert [name for row in rows for name in re.findall(r"`([^`]+)`", row)] == MACHINE + DIRECTORY

@@ -3,13 +3,13 @@
 Each header is read once, whatever many checks ask for it: of the released model that is most of the time.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
+from ..convert.bridge_line import sha256, size
 from ..errors import MimoError
 from ..experts.header import Header, read_header
 from ..experts.record import ExpertFile, expert_file_of
@@ -200,7 +200,7 @@ def _manifest(directory: Path) -> Check:
         return Check(name, WARNING, "no mlx_mimo.json: not converted by mlx-mimo", "its files cannot be compared")
     for file, (nbytes, _) in files.items():
         path = directory / file
-        found = path.stat().st_size if path.exists() else 0
+        found = size(path) if path.exists() else 0
         if found != nbytes:
             return Check(
                 name,
@@ -217,8 +217,7 @@ def _hashes(directory: Path) -> Check:
         return Check(name, SKIPPED, "no mlx_mimo.json to compare with")
     for file, (_, expected) in files.items():
         try:
-            with open(directory / file, "rb") as handle:
-                found = hashlib.file_digest(handle, "sha256").hexdigest()
+            found = sha256(directory / file)
         except OSError as error:
             return Check(name, FAILED, f"{file}: {error.strerror}", "run the same mlx_mimo convert again")
         if found != expected:
