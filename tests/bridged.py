@@ -1,12 +1,18 @@
 """A tiny directory with the bridge on, and mlx-lm's commands as processes on it."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import requests
 from converted import converted_directory
 
 from mlx_mimo import bridge
@@ -81,6 +87,35 @@ def mlx_lm(
         env=environment(kind, settings),
         cwd=cwd,
     )
+
+
+@contextmanager
+def mlx_lm_server(kind: str, log: Path, *arguments: str, settings: dict | None = None) -> Iterator[str]:
+    """`mlx_lm server --model …` as a process that answers at the URL given, and ends with Ctrl-C's signal."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "mlx_lm", "server", *model_flags(kind), "--port", str(port), *arguments]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment(kind, settings))
+    try:
+        _until_healthy(process, f"http://127.0.0.1:{port}", log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def _until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()
+        try:
+            if requests.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except requests.ConnectionError:
+            pass  # not listening yet
+        time.sleep(0.5)
+    raise AssertionError(log.read_text())
 
 
 def succeeded(result: subprocess.CompletedProcess) -> str:

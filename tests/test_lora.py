@@ -8,7 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from bridged import KINDS, STREAMED, bridged_directory, generated, mlx_lm, succeeded
+import requests
+from bridged import KINDS, STREAMED, bridged_directory, generated, mlx_lm, mlx_lm_server, succeeded
 from converted import converted_directory, demo_directory
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import default_loss
@@ -169,6 +170,26 @@ def test_mlx_lms_generate_takes_an_adapter_through_the_bridge(trained):
     assert plain != with_it
 
 
+def test_mlx_lms_chat_takes_an_adapter_through_the_bridge(trained):
+    flags = ("--max-tokens", 4, "--temp", 0)
+    plain, with_it = (
+        succeeded(mlx_lm("bridged", "chat", *flags, *more, stdin="hello\nq\n"))
+        for more in ((), ("--adapter-path", trained[0]))
+    )
+    assert plain != with_it
+
+
+def test_mlx_lms_server_takes_an_adapter_through_the_bridge(trained, tmp_path):
+    texts = []
+    for name, flags in {"plain": (), "adapted": ("--adapter-path", str(trained[0]))}.items():
+        with mlx_lm_server("bridged", tmp_path / name, *flags) as url:
+            body = {"prompt": "the cat", "max_tokens": 8, "temperature": 0}
+            answer = requests.post(f"{url}/v1/completions", json=body, timeout=300)
+            assert answer.status_code == 200, answer.text
+            texts.append(answer.json()["choices"][0]["text"])
+    assert texts[0] != texts[1]
+
+
 def test_chat_takes_an_adapter_with_residency_on(trained):
     flags = ("--model", converted_directory(), "-m", 4, "--temp", 0, "--expert-memory", "120KB")
     lines = "hello\n/stats\n"
@@ -180,8 +201,6 @@ def test_chat_takes_an_adapter_with_residency_on(trained):
 
 
 def test_the_server_takes_an_adapter_with_residency_on(trained):
-    import requests
-
     texts = []
     for flags in ((), ("--adapter-path", str(trained[0]))):
         with running_server(converted_directory(), *flags) as server:
@@ -226,7 +245,7 @@ def test_a_fused_adapter_streams_after_repack(kind, trained, tmp_path):
     ours.residency.close()
 
 
-@pytest.mark.parametrize("flags", [(), ("--dequantize",)])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--dequantize",), marks=pytest.mark.slow)])
 def test_fuse_through_the_bridge_saves_what_fuse_without_it_saves(flags, trained, tmp_path):
     for kind in KINDS:
         succeeded(mlx_lm(kind, "fuse", "--adapter-path", trained[0], "--save-path", tmp_path / kind, *flags))
@@ -247,7 +266,7 @@ def test_fuse_refuses_experts_that_do_not_fit(monkeypatch):
         monkeypatch.setenv(name, value)
     model, _ = load_model(bridged_directory(), trust_remote_code=True)
     mx.enable_compile()
-    monkeypatch.setattr(bridge_file, "available_memory", lambda working_set: 1000)
+    monkeypatch.setattr(bridge_file, "available_memory", lambda *_: 1000)
     with pytest.raises(MimoError, match=r"mlx_lm\.fuse needs all experts in memory"):
         [module.fuse() for _, module in model.named_modules() if hasattr(module, "fuse")]
     model._end_residency()

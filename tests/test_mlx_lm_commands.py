@@ -3,17 +3,12 @@
 import importlib.util
 import json
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
-from bridged import KINDS, environment, generated, mlx_lm, model_flags, succeeded
+from bridged import KINDS, generated, mlx_lm, mlx_lm_server, succeeded
 
 # Ours is what a change here may break; mlx-lm's own model runs before a release.
 EITHER = pytest.mark.parametrize("kind", [pytest.param("stock", marks=pytest.mark.slow), "bridged"])
@@ -77,33 +72,9 @@ def test_benchmark(kind):
 # The server
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()
-        try:
-            if requests.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except requests.ConnectionError:
-            pass  # not listening yet
-        time.sleep(0.5)
-    raise AssertionError(log.read_text())
-
-
 @EITHER
 def test_server(kind, tmp_path):
-    profile, log, port = tmp_path / "use.npz", tmp_path / "log", free_port()
-    command = [sys.executable, "-m", "mlx_lm", "server", *model_flags(kind), "--port", str(port)]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment(kind, {"MLX_MIMO_PROFILE": str(profile)})
-        )
-    url = f"http://127.0.0.1:{port}"
+    profile, log = tmp_path / "use.npz", tmp_path / "log"
 
     def ask(text: str) -> dict:
         messages = [{"role": "user", "content": text}]
@@ -112,17 +83,13 @@ def test_server(kind, tmp_path):
         assert answer.status_code == 200, log.read_text()
         return answer.json()
 
-    try:
-        until_healthy(process, url, log)
+    with mlx_lm_server(kind, log, settings={"MLX_MIMO_PROFILE": str(profile)}) as url:
         first = ask("hello")
         assert first["usage"]["completion_tokens"] == 5
         with ThreadPoolExecutor(2) as pool:  # mlx-lm puts the two into one batch
             together = list(pool.map(ask, ["hello", "good morning"]))
         assert together[0]["choices"][0]["message"] == first["choices"][0]["message"]
         assert together[1]["usage"]["completion_tokens"] == 5
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
     assert profile.exists() == (kind == "bridged"), log.read_text()
 
 

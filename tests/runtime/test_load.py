@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import pytest
 from converted import converted_directory, fp8_directory
 from mlx_lm.generate import BatchGenerator
 
-from mlx_mimo import load, stream_generate
+from mlx_mimo import bench, compare, load, stream_generate
 from mlx_mimo.arguments import load_options
 from mlx_mimo.errors import FormatError, MimoError, UsageError
 from mlx_mimo.generate import build_parser
@@ -248,6 +249,18 @@ def test_the_flag_sets_the_readers_threads():
     model, _ = load(converted_directory(), **load_options(flags))
     assert model.residency.reader.threads == 3
     model.residency.close()
+
+
+def test_the_flag_reaches_load_in_bench_and_compare(tmp_path):
+    (tmp_path / "text").write_text("some words to compare with")
+    model = str(converted_directory())
+    for command, arguments in (
+        (bench.bench, ["--model", model, "--prompt-tokens", "8", "--generation-tokens", "4"]),
+        (compare.compare, [model, model, "--text", str(tmp_path / "text")]),
+    ):
+        flags = sys.modules[command.__module__].build_parser().parse_args([*arguments, "--reader-threads", "65"])
+        with pytest.raises(UsageError, match="reader threads: 1 to 64"):
+            command(flags)
 
 
 @pytest.mark.parametrize("count", [0, -1, 65])
