@@ -7,7 +7,6 @@ import copy
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,15 +16,12 @@ from typing import Any
 
 import jinja2
 import mlx.core as mx
-import mlx_lm.server
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.server import (
     CompletionRequest,
     GenerationArguments,
     GenerationContext,
     Response,
     ResponseGenerator,
-    TimeBudget,
     _format_top_logprobs,
     _make_logits_processors,
     _make_sampler,
@@ -33,10 +29,12 @@ from mlx_lm.server import (
 
 from ..errors import MimoError
 from ..runtime.stream import generate_step, prefill
+from .batch import Batch, this_thread
 from .errors import Disconnected, RequestError
 from .grammar import Grammar
 from .prompt_cache import Checkpoint, Entry, PromptCache
 from .provider import Provider
+from .reply import Reply, Steps
 
 POLL_SECONDS = 0.05  # how often a waiting request looks whether its client is still there
 RETRY_SECONDS = 5
@@ -57,83 +55,6 @@ class Arguments(GenerationArguments):
             self.chat_template_kwargs = self.chat_template_kwargs | {"enable_thinking": False}
 
 
-class Steps(TimeBudget):
-    """For how long mlx-lm's batched loop goes on without looking around: until a sequence of the batch has to leave,
-    half a second at most.
-    """
-
-    over = False
-
-    def __iter__(self) -> "Steps":
-        self.over = False
-        return super().__iter__()
-
-    def __next__(self) -> None:
-        if self.over:
-            raise StopIteration
-        return super().__next__()
-
-
-class Reply(Queue):
-    """What the generation thread answers one request with. Once cancelled it makes that thread stop."""
-
-    def __init__(self, steps: Steps):
-        super().__init__()
-        self.steps = steps
-        self.cancelled = False
-        self.raises = False  # may the thread's own loop see an exception from `put`?
-        self.context: GenerationContext | None = None
-
-    def put(self, item, *args) -> None:
-        if isinstance(item, GenerationContext):
-            self.context = item
-        if self.cancelled:
-            self._stop_context()
-            self.steps.over = True  # the loop sees the context right after this, and acts after its last step
-            if self.raises and isinstance(item, tuple):
-                raise Disconnected
-        super().put(item, *args)
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        self._stop_context()
-
-    def _stop_context(self) -> None:
-        if self.context is not None:
-            self.context.stop()
-
-
-_this_thread = threading.local()  # `worker`: whose generation thread it is
-
-
-class Batch(BatchGenerator):
-    """mlx-lm's, which says what its caches take: `kv_bytes`, as of its last step."""
-
-    kv_bytes = 0
-
-    def __init__(self, model, **options):
-        super().__init__(model, **options)
-        worker = getattr(_this_thread, "worker", None)
-        if worker is not None:
-            worker._batch = weakref.ref(self)
-
-    def next(self, *args, **options):
-        try:
-            return super().next(*args, **options)
-        finally:
-            self.kv_bytes = self.prompt_cache_nbytes
-
-    def remove(self, *args, **options):
-        try:
-            return super().remove(*args, **options)
-        finally:
-            self.kv_bytes = self.prompt_cache_nbytes
-
-
-# mlx-lm's loop keeps its batch to itself, in a local variable.
-mlx_lm.server.BatchGenerator = Batch
-
-
 class Worker(ResponseGenerator):
     """mlx-lm's generation thread. `max_queue` requests may wait; `max_prompt_tokens` is the longest prompt."""
 
@@ -145,7 +66,7 @@ class Worker(ResponseGenerator):
         self._places = 0
         self._cancelled = False
         self._entry: Entry | None = None  # of the one request that runs alone
-        self._batch: Callable[[], Batch | None] = lambda: None
+        self.batch: Callable[[], Batch | None] = lambda: None
         self._replies: set[Reply] = set()
         self._lock = threading.Lock()
         self._counting = threading.Lock()
@@ -177,7 +98,7 @@ class Worker(ResponseGenerator):
     @property
     def running_kv_bytes(self) -> int:
         """Bytes of the caches of requests that run."""
-        batch, entry = self._batch(), self._entry
+        batch, entry = self.batch(), self._entry
         return (0 if batch is None else batch.kv_bytes) + (0 if entry is None else entry.nbytes)
 
     def cancel_all(self) -> None:
@@ -285,7 +206,7 @@ class Worker(ResponseGenerator):
     # The generation thread
 
     def _run_generate(self) -> None:
-        _this_thread.worker = self
+        this_thread.worker = self
         while not self._stop:
             try:
                 self._generate()
