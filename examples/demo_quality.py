@@ -1,13 +1,15 @@
 """What each recipe costs: `python examples/demo_quality.py [--recipes 8bit,4bit,2bit] [--limit N]`.
 
 Converts the embedded demo checkpoint with every recipe and prints a Markdown table: bits per weight, exact match on the
-held-out questions, and the KL divergence from the unquantised (bf16) model on the same questions and their answers.
+held-out questions, and the KL divergence from the unquantised (bf16) model on the tokens of their right answers.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -25,25 +27,44 @@ sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
 import evaluate  # noqa: E402
 
 
-def texts(tokenizer, items: list[dict]) -> list[list[int]]:
-    """Each question without tools, with its answer, as token ids."""
+@dataclass(frozen=True)
+class Text:
+    """A question without tools and its answer, as token ids; the answer begins at `start`."""
+
+    ids: list[int]
+    start: int
+
+    @property
+    def answer(self) -> list[int]:
+        return self.ids[self.start :]
+
+
+def texts(tokenizer, items: list[dict]) -> list[Text]:
+    def encode(messages: list[dict], asked: bool) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=asked, enable_thinking=False
+        )
+        return tokenizer.encode(text, add_special_tokens=False)
+
     out = []
     for item in items:
         if item["tools"] is None:
-            messages = [*item["messages"], {"role": "assistant", "content": item["answer"]}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
-            out.append(tokenizer.encode(text, add_special_tokens=False))
+            ids = encode([*item["messages"], {"role": "assistant", "content": item["answer"]}], False)
+            shared = takewhile(lambda pair: pair[0] == pair[1], zip(ids, encode(item["messages"], True)))
+            out.append(Text(ids, len(list(shared))))
     return out
 
 
-def logprobs(directory: Path, items: list[dict]) -> tuple[list[np.ndarray], list[list[int]]]:
+def logprobs(directory: Path, items: list[dict]) -> tuple[list[np.ndarray], list[Text]]:
+    """Of the answers' tokens only: what all questions begin with is as uncertain as their numbers, and would be
+    counted as often as there are questions."""
     model, tokenizer = load(directory, expert_memory="all")
-    pieces, rows = texts(tokenizer, items), []
+    found, rows = texts(tokenizer, items), []
     try:
-        predictions(model, pieces, rows.append)
+        predictions(model, [text.ids for text in found], lambda row: rows.append(row[found[len(rows)].start - 1 :]))
     finally:
         model.residency.close()
-    return rows, pieces
+    return rows, found
 
 
 def spread(items: list[dict], limit: int) -> list[dict]:
@@ -64,13 +85,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         original = Path(folder) / "original"
         convert_checkpoint(DEMO / "checkpoint", original, recipe="bf16", progress=False)
-        wanted, pieces = logprobs(original, items)
+        wanted, found = logprobs(original, items)
         for recipe in tqdm(options.recipes.split(","), desc="recipes"):
             directory = Path(folder) / recipe
             convert_checkpoint(DEMO / "checkpoint", directory, recipe=recipe, progress=False)
             comparer = Comparer()
-            for a, b, piece in zip(wanted, logprobs(directory, items)[0], pieces):
-                comparer.add(a, b, piece[1:])
+            for a, b, text in zip(wanted, logprobs(directory, items)[0], found):
+                comparer.add(a, b, text.answer)
             result = comparer.result()
             answers = evaluate.run_mlx(str(directory), items)
             right = sum(map(evaluate.is_right, items, answers))

@@ -23,7 +23,9 @@ from mlx_mimo.experts.trace import read_trace
 from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.runtime import released
 from mlx_mimo.runtime.budget import GB, estimate
+from mlx_mimo.runtime.load import load_tokenizer
 from mlx_mimo.runtime.machine import MACS, imagined
+from mlx_mimo.runtime.source import find
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -169,6 +171,15 @@ def test_held_out_questions_are_taken_each_once():
     spread = module_of("demo_quality").spread
     assert spread([*range(419)], 420) == spread([*range(419)], 419) == [*range(419)]
     assert spread([*range(10)], 5) == [0, 2, 4, 6, 8]
+
+
+def test_quality_is_that_of_the_answers_tokens():
+    """Not of what every question begins with."""
+    quality = module_of("demo_quality")
+    items = [json.loads(line) for line in (quality.DEMO / "heldout.jsonl").read_text().splitlines()[::40]]
+    tokenizer = load_tokenizer(find(None))
+    answers = [tokenizer.decode(text.answer) for text in quality.texts(tokenizer, items)]
+    assert answers == [item["answer"] + "<|im_end|>" for item in items if item["tools"] is None]
 
 
 @pytest.mark.slow
