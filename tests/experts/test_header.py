@@ -146,3 +146,35 @@ def test_any_text_as_header(text):
         parse_header("x.safetensors", text.encode("utf-8", "surrogatepass"), None)
     except FormatError as error:
         assert str(error).startswith("x.safetensors")  # noqa: PT017 - no error is as good
+
+
+FIRST, SECOND = ('"dtype":"U8","shape":[1],"data_offsets":' + span for span in ("[0,1]", "[1,2]"))
+
+
+def header_bytes(text: str) -> bytes:
+    return text.replace("FIRST", FIRST).replace("SECOND", SECOND).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a":{FIRST},"a":{SECOND}}',
+        '{"a":{FIRST,"dtype":"U8"}}',
+        '{"a":{FIRST},"\\u0061":{SECOND}}',
+        '{"a":{"d\\u0074ype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        '{"__metadata__":{"f":"x","f":"y"},"a":{FIRST}}',
+        '{"__metadata__":{"f":"x"},"__metadata__":{"f":"y"},"a":{FIRST}}',
+        '{"a":{FIRST,"more":1,"more":2}}',
+        '{"a" : {FIRST}, "a" : {SECOND}}',
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_however_it_is_spelled(text):
+    with pytest.raises(FormatError, match="stands twice"):
+        parse_header("model.safetensors", header_bytes(text), None)
+
+
+@pytest.mark.parametrize("name", ["dtype", "a:b", '\\"a\\":', "shape"])
+def test_names_and_values_that_look_like_keys_are_no_doubles(name):
+    """They make counting undecided, and the slow way decides."""
+    text = '{"__metadata__":{"data_offsets":"dtype"},"NAME":{FIRST}}'.replace("NAME", name)
+    assert len(parse_header("model.safetensors", header_bytes(text), None).tensors) == 1
