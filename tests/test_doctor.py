@@ -26,7 +26,7 @@ from mlx_mimo.runtime.machine import GIB, imagined
 from mlx_mimo.runtime.model_checks import Headers
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "doctor_time.py"))
-# Of processor time, in which other work on the machine counts less. Idle, both end in under a second.
+# Of processor time, in which other work on the machine counts less; about 1 s of it is used on two busy cores.
 MOST_SECONDS = 2.0
 MACHINE = [
     "python",

@@ -201,7 +201,8 @@ class _WithResidency(_Bridged, TrunkModel):
         super()._prepare()
         settings = self._settings
         directory, memory = Directory(self._directory, read_config(self._directory)), settings.expert_memory
-        found = expert_limit(directory, self.args, memory, kernels=False)
+        # mlx-lm's commands compute prompts in chunks of their own, 2048 tokens unless told.
+        found = expert_limit(directory, self.args, memory, kernels=False, fixed_chunk=True)
         self.residency = attach(
             self,
             self._directory,

@@ -1,7 +1,7 @@
 """Bytes: what the trunk, the KV caches and a step take, and how much is left for expert slots. No MLX."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -221,18 +221,26 @@ class Fit:
 
 
 def fit(
-    budget: Budget, available: int, expert_memory: str | int = "auto", streamed: bool = True, large: bool = True
+    budget: Budget,
+    available: int,
+    expert_memory: str | int = "auto",
+    streamed: bool = True,
+    large: bool = True,
+    fixed: bool = False,
 ) -> Fit:
     """Shares `available` bytes, in which the whole model must go, between experts and a prefill chunk.
 
     `large` lets chunks be larger than usual; on a CPU they are not: there arithmetic takes the time, not reading.
-    Raises MimoError where `auto` finds no room for an expert. A size is taken as it is, whatever is free.
+    `fixed` keeps the budget's own chunk, for a program that would not ask. Raises MimoError where `auto` finds no room
+    for an expert. A size is taken as it is, whatever is free.
     """
+    chunks = (budget.chunk,) if fixed else (CHUNK, *_SMALLER_CHUNKS)
     if expert_memory == "auto" and streamed:
-        return _fit_auto(budget, available, large)
+        room = auto_expert_bytes(budget.with_chunk(chunks[0]), available, refuse=False)
+        return _fit_auto(budget, available, _with_larger(chunks, budget, room) if large and not fixed else chunks)
     wanted = budget.experts if isinstance(expert_memory, str) else min(expert_memory, budget.experts)
     left = available - budget.trunk - budget.kv - wanted
-    for chunk in _chunks(budget, wanted, large):
+    for chunk in _with_larger(chunks, budget, wanted) if large and not fixed else chunks:
         found = budget.with_chunk(chunk)
         # A size that is asked for is kept; what a larger chunk takes is left over, and so is the floor.
         if found.transients <= left - (FLOOR_BYTES if chunk == LARGE_CHUNK else 0):
@@ -240,24 +248,22 @@ def fit(
     return Fit(wanted, found)
 
 
-def _fit_auto(budget: Budget, available: int, large: bool) -> Fit:
-    """The largest chunk that takes no more than it leaves to experts."""
-    room = auto_expert_bytes(budget.with_chunk(CHUNK), available, refuse=False)
-    for chunk in _chunks(budget, room, large):
+def _fit_auto(budget: Budget, available: int, chunks: Sequence[int]) -> Fit:
+    """The first chunk, from the largest, that takes no more than it leaves to experts."""
+    for chunk in chunks:
         found = budget.with_chunk(chunk)
-        room = auto_expert_bytes(found, available, refuse=chunk == _SMALLER_CHUNKS[-1])
+        room = auto_expert_bytes(found, available, refuse=chunk == chunks[-1])
         if room >= min(found.transients, budget.experts) and room > 0:
             break
     return Fit(min(room, budget.experts), found)
 
 
-def _chunks(budget: Budget, room: int, large: bool) -> tuple[int, ...]:
-    """Chunks from the largest. A larger one than usual reads each absent expert half as often in a long prompt, and
-    takes the place of some: it is worth that where these are few beside both the resident and the absent ones."""
+def _with_larger(chunks: Sequence[int], budget: Budget, room: int) -> Sequence[int]:
+    """A larger chunk than usual reads each absent expert half as often in a long prompt, and takes the place of some:
+    it is worth that where these are few beside both the resident and the absent ones."""
     more = 20 * budget.with_chunk(LARGE_CHUNK).transients
-    if large and budget.context >= LARGE_CHUNK and more <= min(room, budget.experts - room):
-        return (LARGE_CHUNK, CHUNK, *_SMALLER_CHUNKS)
-    return (CHUNK, *_SMALLER_CHUNKS)
+    worth = budget.context >= LARGE_CHUNK and more <= min(room, budget.experts - room)
+    return (LARGE_CHUNK, *chunks) if worth else chunks
 
 
 def auto_expert_bytes(budget: Budget, available: int, refuse: bool = True) -> int:

@@ -174,12 +174,17 @@ def check_files(path: Path) -> None:
             raise FormatError(f"{file}: {min(absent)} is missing, {index.name} expects it here; convert again")
 
 
-def expert_limit(directory: Directory, args: ModelArgs, expert_memory: str | int, kernels: bool = True) -> Fit:
-    """Bytes for experts, and the prefill chunk that fits beside them. `kernels` as `load_trunk` was given it."""
+def expert_limit(
+    directory: Directory, args: ModelArgs, expert_memory: str | int, kernels: bool = True, fixed_chunk: bool = False
+) -> Fit:
+    """Bytes for experts, and the prefill chunk that fits beside them: the usual one where it is fixed. `kernels` as
+    `load_trunk` was given it."""
     sizes = item_bytes(on_cpu(), trunk_kernels=kernels)
     budget = measure(directory.path, args, usual_context(args), CHUNK, *sizes)
     # The trunk is loaded by now, so what is free no longer contains it.
-    return fit(budget, available_memory(working_set(), held=budget.trunk), expert_memory, large=not on_cpu())
+    return fit(
+        budget, available_memory(working_set(), held=budget.trunk), expert_memory, large=not on_cpu(), fixed=fixed_chunk
+    )
 
 
 def working_set() -> int | None:

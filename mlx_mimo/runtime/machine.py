@@ -216,7 +216,7 @@ def peak_memory_bytes() -> int:
         return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def copy_speed(nbytes: int = 1 << 26, repeats: int = 5) -> float:
+def copy_speed(nbytes: int = 1 << 26, repeats: int = 3) -> float:
     """Bytes a second that all cores together read and write when they copy, the median: a lower bound of the memory's
     bandwidth."""
     from concurrent.futures import ThreadPoolExecutor
@@ -235,7 +235,7 @@ def copy_speed(nbytes: int = 1 << 26, repeats: int = 5) -> float:
     return 2 * nbytes / median(seconds[1:])  # the first touches the pages, which costs more than the copy
 
 
-def read_speed(files: Sequence[Path], seconds: float = 0.25, piece: int = 1 << 22, threads: int = 4) -> float | None:
+def read_speed(files: Sequence[Path], seconds: float = 0.15, piece: int = 1 << 22, threads: int = 4) -> float | None:
     """Bytes a second of parallel reads from `files`, past the page cache where the system allows it.
 
     None where there is too little to measure, or nothing that can be read. Stops after `seconds`.

@@ -8,13 +8,14 @@ import psutil
 import pytest
 from converted import converted_directory
 from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
 
 import mlx_mimo.runtime.load as loading
 from mlx_mimo.errors import MimoError
 from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.plan import make_plan, subject_of
 from mlx_mimo.runtime import bridge_file, machine, model_checks
-from mlx_mimo.runtime.budget import CHUNK, available_memory, item_bytes, measure
+from mlx_mimo.runtime.budget import CHUNK, available_memory, format_size, item_bytes, measure
 from mlx_mimo.runtime.machine import this_machine
 from mlx_mimo.runtime.source import Directory, read_config
 from mlx_mimo.runtime.stream import generate_step
@@ -143,6 +144,32 @@ def test_training_counts_the_trunk_within_the_working_set(free, monkeypatch):
     monkeypatch.setattr(bridge_file, "working_set", lambda: needed + trunk - 1)
     with pytest.raises(MimoError, match="training needs all experts"):
         bridge_file._WithResidency._want_memory(model, "training")
+
+
+def test_the_bridge_leaves_room_for_the_chunks_of_mlx_lm(free):
+    """Its commands take 2048 tokens at a time whatever fits, where our own loop would take fewer."""
+    directory, args = config_of(converted_directory())
+    usual = budget_of(cpu=True)
+    free(room_for(usual, 24) - usual.trunk)
+    assert loading.expert_limit(directory, args, "auto").chunk == 256
+    with pytest.raises(MimoError, match="before the first expert"):
+        loading.expert_limit(directory, args, "auto", fixed_chunk=True)
+    free(2 * (usual.besides + 10 * usual.slot_bytes))
+    assert loading.expert_limit(directory, args, "auto", fixed_chunk=True).chunk == 2048
+
+
+def test_a_bridged_model_is_loaded_with_that_room(free):
+    directory, args = config_of(converted_directory())
+    sizes = item_bytes(cpu=True, trunk_kernels=False)
+    budget = measure(directory.path, args, args.max_position_embeddings, CHUNK, *sizes)
+    classes = bridge_file.classes(directory.path, bridge_file.Settings())
+    free(2 * budget.besides - budget.trunk)
+    with pytest.raises(MimoError, match=f"{format_size(budget.besides)} are needed before the first expert"):
+        load_model(directory.path, get_model_classes=lambda config: classes)
+    free(2 * (budget.besides + 9 * budget.slot_bytes) - budget.trunk)
+    model, _ = load_model(directory.path, get_model_classes=lambda config: classes)
+    assert model.residency.counters.slots == 9
+    model.residency.close()
 
 
 # The chunk that the plan chose

@@ -127,6 +127,16 @@ def test_where_few_experts_are_absent_the_usual_chunk_stays():
     assert found.expert_bytes < found.budget.experts
 
 
+@pytest.mark.parametrize("available", [14, 96])
+def test_a_chunk_that_is_fixed_stays(available):
+    """mlx-lm's own commands take 2048 tokens at a time, so room is left for that."""
+    found = fit(full("4bit"), available * GB, fixed=True)
+    assert found.chunk == 2048
+    assert found.expert_bytes == auto_expert_bytes(full("4bit"), available * GB)
+    with pytest.raises(MimoError, match=r"8\.9 GB are needed before the first expert"):
+        fit(full("4bit"), 12 * GB, fixed=True)
+
+
 def test_a_cpu_never_gets_the_large_chunk():
     assert fit(full("4bit"), 96 * GB, large=False).chunk == 2048
 
