@@ -7,17 +7,21 @@ import importlib.util
 import os
 import warnings
 
-WITHOUT_NUMBA = "no numba: MLX's own CPU operations run, many times slower; pip install 'mlx-mimo[cpu]'"
+WITHOUT_NUMBA = "no numba or threadpoolctl: MLX's own operations run, many times slower; pip install 'mlx-mimo[cpu]'"
 
 
 def available() -> bool:
     """Whether the kernels can be used. MLX_MIMO_CPU_KERNELS=0 turns them off, for gradients or a comparison."""
-    return os.environ.get("MLX_MIMO_CPU_KERNELS") != "0" and importlib.util.find_spec("numba") is not None
+    return os.environ.get("MLX_MIMO_CPU_KERNELS") != "0" and _installed()
+
+
+def _installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("numba", "threadpoolctl"))
 
 
 def note_if_missing() -> None:
     """Says once that numba would help."""
-    if importlib.util.find_spec("numba") is None:
+    if not _installed():
         warnings.warn(WITHOUT_NUMBA, stacklevel=2)
 
 

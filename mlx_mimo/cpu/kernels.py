@@ -74,13 +74,12 @@ EDITION = _edition()
 
 
 def _kernel(function: Callable) -> int:
-    """The address of a kernel, compiled or taken from numba's cache; says so the first time on a machine."""
+    """The address of a kernel, compiled or taken from numba's cache; the first that is compiled is told of."""
     global _noted
-    if not _noted:
-        _noted = True
-        if not list(Path(_launch._cache.cache_path).glob("kernels.*.kernel-*.nbi")):
-            print("compiling kernels, once", file=sys.stderr, flush=True)
     compiled = cfunc(KERNEL, cache=True)(function)
+    if not (_noted or compiled.cache_hits):
+        _noted = True
+        print("compiling kernels, once", file=sys.stderr, flush=True)
     _kept.append(compiled)
     return compiled.address
 

@@ -169,8 +169,8 @@ class Residency:
 
     def resize(self, expert_memory_bytes: int | None = None, slots: int | None = None) -> None:
         """Another budget, between tokens. What is worth most stays; the peak is a second copy of the largest bank."""
-        if self.all_resident:
-            raise MimoError("all experts are resident and stay so; load the model with --expert-memory to resize")
+        self._check_resizable()
+        short = self.counters.slots < self.demand_slots
         sizes = [pool.banks.slot_bytes for pool in self.pools]
         experts = [len(pool.files) * pool.num_experts for pool in self.pools]
         if expert_memory_bytes is None:
@@ -182,9 +182,16 @@ class Residency:
         for pool, share in shrinking:
             pool.resize(min(share, most_slots(pool.layout, pool.banks.widen) or share))
         mx.clear_cache()  # what MLX keeps of freed memory is no use to others
+        if not short:
+            self.warn_if_short()
+
+    def _check_resizable(self) -> None:
+        if self.all_resident:
+            raise MimoError("all experts are resident and stay so; load the model with --expert-memory to resize")
 
     def request_resize(self, expert_memory_bytes: int) -> None:
         """As `resize`, from any thread: done before the next token."""
+        self._check_resizable()
         with self._lock:
             self._wanted_bytes = expert_memory_bytes
 
@@ -208,6 +215,7 @@ class Residency:
     def save_profile(self, path: str | os.PathLike) -> None:
         """Writes how often each expert was used, a loaded profile included."""
         if self.all_resident:
+            warnings.warn(f"{path}: no profile is written: every expert is resident", ResidencyWarning, stacklevel=2)
             return
         uses = {}
         for pool in self.pools:
@@ -244,15 +252,17 @@ class Residency:
 
     def close(self) -> None:
         """Ends the trace, the reader's threads and files. The model cannot read experts any more."""
-        self._end_trace()
-        self.reader.close()
+        try:
+            self._end_trace()
+        finally:
+            self.reader.close()
 
     def _end_trace(self) -> None:
         if self._trace is not None:
             for module in self.modules.values():
                 module.trace = None
-            self._trace.close()
-            self._trace = None
+            trace, self._trace = self._trace, None
+            trace.close()
 
 
 def _layout(group: dict[int, ExpertFile]):

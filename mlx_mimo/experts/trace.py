@@ -89,7 +89,10 @@ class TraceWriter:
             raise MimoError(f"{self.path}: trace cannot be written: {error.strerror or error}") from error
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # what was still in memory did not get to the disk
+            raise MimoError(f"{self.path}: trace cannot be written: {error.strerror or error}") from error
 
 
 def read_trace(path: str | os.PathLike) -> Trace:

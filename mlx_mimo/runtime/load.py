@@ -47,7 +47,7 @@ def load(
     The model works in mlx_lm's generate, stream_generate and batch_generate; `model.residency` holds the counters.
     Raises FormatError, MimoError or UsageError, each naming the file or field.
     """
-    if isinstance(expert_memory, str) and expert_memory not in ("auto", "all"):
+    if expert_memory not in ("auto", "all"):
         expert_memory = parse_size(expert_memory)
     check_reader_threads(reader_threads)
     directory = find(path_or_hf_repo)

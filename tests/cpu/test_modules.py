@@ -190,8 +190,10 @@ def test_load_chooses_them_and_the_logits_stay():
     assert close(logits(ours), logits(theirs), 1e-4)
 
 
-def test_without_numba_mlx_runs_with_a_note(monkeypatch):
-    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("missing", ["numba", "threadpoolctl"])
+def test_without_numba_mlx_runs_with_a_note(monkeypatch, missing):
+    find = cpu.importlib.util.find_spec
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name))
     with pytest.warns(UserWarning, match="no numba"):
         model, _ = load(converted_directory(), expert_memory="all")
     assert isinstance(model.lm_head, nn.QuantizedLinear)

@@ -189,8 +189,56 @@ def test_a_resize_asked_for_by_another_thread_is_done_before_the_next_token(atta
 
 def test_what_is_all_resident_is_not_resized(attached):
     _, residency = attached()
-    with pytest.raises(MimoError, match="all experts are resident"):
-        residency.resize(slots=3)
+    for resize in (residency.resize, residency.request_resize):
+        with pytest.raises(MimoError, match="all experts are resident"):
+            resize(300)
+
+
+def test_a_resize_below_one_tokens_demand_is_said_once(attached):
+    _, residency = attached(slots=DEMAND)
+    with pytest.warns(ResidencyWarning, match=f"one token needs {DEMAND}"):
+        residency.resize(slots=DEMAND - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        residency.resize(slots=DEMAND - 2)
+        residency.resize(slots=DEMAND)
+
+
+def test_a_resize_that_finds_no_memory_is_a_warning_and_the_token_is_right(attached, truth, monkeypatch):
+    model, residency = attached(slots=DEMAND)
+    size = residency.counters.slot_bytes
+
+    def out_of_memory(tensor, slots):
+        raise RuntimeError("[malloc] Unable to allocate")
+
+    monkeypatch.setattr(residency.pools[0].banks, "_allocate", out_of_memory)
+    residency.request_resize(2 * DEMAND * size)
+    with pytest.warns(ResidencyWarning, match="experts keep .* Unable to allocate"):
+        found = outputs(model)
+    assert residency.counters.slots == DEMAND
+    assert_same(found, truth)
+
+
+def test_a_profile_of_a_model_that_is_all_resident_is_a_warning(attached, tmp_path):
+    _, residency = attached()
+    with pytest.warns(ResidencyWarning, match="every expert is resident"):
+        residency.save_profile(tmp_path / "profile.json")
+    assert not (tmp_path / "profile.json").exists()
+
+
+def test_a_trace_that_finds_no_room_is_an_error_and_the_files_are_closed(attached, tmp_path):
+    model, residency = attached(slots=DEMAND)
+    residency.trace_to(tmp_path / "routing.trace")
+    outputs(model)
+    residency._trace._file = Full()
+    with pytest.raises(MimoError, match="routing.trace: trace cannot be written: No space"):
+        residency.close()
+    assert not residency.reader._fds
+
+
+class Full:
+    def close(self):
+        raise OSError(28, "No space left on device")
 
 
 def test_a_profile_starts_the_next_run_with_its_experts(attached, truth, tmp_path):

@@ -298,3 +298,9 @@ def test_what_fails_after_the_experts_were_attached_closes_their_files(failing, 
 
 def open_files(directory) -> list[str]:
     return sorted(file.path for file in psutil.Process().open_files() if str(directory) in file.path)
+
+
+@pytest.mark.parametrize("memory", [0, -5, "0GB", "much"])
+def test_expert_memory_that_is_no_size_is_refused(memory):
+    with pytest.raises(UsageError, match="size"):
+        load(converted_directory(), expert_memory=memory)
