@@ -1,11 +1,13 @@
 """The flags that commands share, and how a command ends."""
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from .errors import MimoError, UsageError
 from .runtime.budget import parse_size, parse_speed
@@ -119,6 +121,17 @@ def non_negative_int(text: str) -> int:
 
 def non_negative_float(text: str) -> float:
     return _at_least(float, text, 0, "a number of at least 0")
+
+
+def readable(text: str) -> str:
+    """argparse type: text, a byte of the command line that is none replaced by U+FFFD."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def take_any_bytes(stdin: TextIO) -> None:
+    """From now on a byte that is no text is read as U+FFFD, and is no error."""
+    if isinstance(stdin, io.TextIOWrapper):
+        stdin.reconfigure(errors="replace")
 
 
 def share(text: str) -> float:

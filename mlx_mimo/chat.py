@@ -1,7 +1,6 @@
 """`python -m mlx_mimo.chat`: an interactive conversation in a terminal, or line by line through a pipe."""
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -16,8 +15,10 @@ from .arguments import (
     load_options,
     non_negative_float,
     positive_int,
+    readable,
     run,
     share,
+    take_any_bytes,
 )
 from .errors import MimoError
 
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_mimo chat", description="Chat with the model.")
     add_model_arguments(parser)
     add_adapter_argument(parser)
-    parser.add_argument("--system-prompt", help="the system message")
+    parser.add_argument("--system-prompt", type=readable, help="the system message")
     parser.add_argument("-m", "--max-tokens", type=positive_int, default=4096, help="of one answer (default: 4096)")
     add_sampling_arguments(parser)
     parser.add_argument("--think", action="store_true", help="let the model think before it answers")
@@ -162,6 +163,7 @@ class Chat:
     def _load(self, path: Path) -> None:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
+            json.dumps(state, ensure_ascii=False).encode()  # half a character can be escaped in JSON
             system, messages = state["system"], state["messages"]
             if not (system is None or isinstance(system, str)) or not all(map(is_message, messages)):
                 raise TypeError("system and messages")
@@ -262,8 +264,7 @@ def chat(args: argparse.Namespace) -> int:
     if args.seed is not None:
         mx.random.seed(args.seed)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a byte that is no text does not end the conversation
+    take_any_bytes(sys.stdin)
     model, tokenizer = load(args.model, adapter_path=args.adapter_path, **load_options(args))
     try:
         session = Chat(model, tokenizer, args)

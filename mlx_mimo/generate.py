@@ -14,7 +14,9 @@ from .arguments import (
     load_options,
     non_negative_int,
     positive_int,
+    readable,
     run,
+    take_any_bytes,
 )
 from .errors import UsageError
 
@@ -23,12 +25,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_mimo generate", description="Generate text from one prompt.")
     add_model_arguments(parser)
     add_adapter_argument(parser)
-    parser.add_argument("-p", "--prompt", default="Hello", help="the user's message; - reads it from stdin")
-    parser.add_argument("--system-prompt", help="the system message")
+    parser.add_argument(
+        "-p", "--prompt", type=readable, default="Hello", help="the user's message; - reads it from stdin"
+    )
+    parser.add_argument("--system-prompt", type=readable, help="the system message")
     parser.add_argument("-m", "--max-tokens", type=non_negative_int, default=1024, help="default: 1024")
     add_sampling_arguments(parser)
     parser.add_argument("--ignore-chat-template", action="store_true", help="use the prompt as it stands")
-    parser.add_argument("--prefill-response", metavar="TEXT", help="how the answer must begin")
+    parser.add_argument("--prefill-response", type=readable, metavar="TEXT", help="how the answer must begin")
     parser.add_argument(
         "--chat-template-config",
         type=json_object,
@@ -70,6 +74,7 @@ def build_prompt(tokenizer, args: argparse.Namespace, text: str) -> str:
 
 
 def generate(args: argparse.Namespace) -> int:
+    take_any_bytes(sys.stdin)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise UsageError("--prompt: the prompt is empty; give some text, or - to read it from stdin")

@@ -192,12 +192,13 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_lines_are_edited_and_remember
         terminal.expect("> ")
         terminal.type(b"/stats\r")
         assert int(terminal.expect(r"(\d+) tokens at")[1]) < 4000
+        terminal.expect(" GB read\\s+.*> ")
         terminal.type(CTRL_C)
         terminal.expect("> ")
         terminal.type(b"think maybe" + CTRL_A + b"/\r")
-        terminal.expect("error: /think: on or off expected, 'maybe' found")
+        terminal.expect("error: /think: on or off expected, 'maybe' found\\s+.*> ")
         terminal.type(UP + b"\r")
-        terminal.expect("error: /think: on or off expected, 'maybe' found")
+        terminal.expect("error: /think: on or off expected, 'maybe' found\\s+.*> ")
         terminal.type(CTRL_D)
         assert terminal.ended() == 0
     (history,) = tmp_path.rglob("chat_history")
@@ -205,7 +206,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_lines_are_edited_and_remember
     with chat_in_terminal(endless, tmp_path) as terminal:
         terminal.expect("> ")
         terminal.type(UP + b"\r")
-        terminal.expect("error: /think: on or off expected, 'maybe' found")
+        terminal.expect("error: /think: on or off expected, 'maybe' found\\s+.*> ")
         terminal.type(b"/exit\r")
         assert terminal.ended() == 0
 
@@ -288,6 +289,7 @@ def test_settings_out_of_range_are_refused_and_change_nothing(line, loaded):
         {"system": None, "messages": [{"role": "emperor", "content": "kneel"}]},
         {"system": None, "messages": [{"role": "user", "content": "hi", "tool_calls": "x"}]},
         {"system": None, "messages": {"role": "user"}},
+        {"system": "half \ud83d", "messages": []},
     ],
 )
 def test_load_refuses_what_save_would_not_write(state, loaded, tmp_path):

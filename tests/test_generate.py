@@ -68,6 +68,16 @@ def test_a_budget_and_stdin_give_the_same_text():
     assert two["experts"]["misses"] > 0
 
 
+@pytest.mark.parametrize(("prompt", "stdin"), [(b"a \xff b", b""), (b"-", b"a \xff b")])
+def test_bytes_that_are_no_text_are_taken(prompt, stdin):
+    command = [sys.executable, "-m", "mlx_mimo.generate", "--model", str(converted_directory()), "--json"]
+    command += ["-m", "2", "--temp", "0", "--prompt", os.fsdecode(prompt)]
+    result = subprocess.run(command, input=stdin, capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    plain = mimo("--model", converted_directory(), "--json", "-m", 2, "--temp", 0, "--prompt", "a \ufffd b")
+    assert json.loads(result.stdout)["prompt_tokens"] == json.loads(plain.stdout)["prompt_tokens"]
+
+
 def test_text_goes_to_stdout_and_statistics_to_stderr():
     result = mimo("--model", converted_directory(), "--prompt", "hello", "--max-tokens", 4, "--seed", 1, "--temp", 1)
     assert result.returncode == 0, result.stderr
