@@ -174,7 +174,8 @@ def _thinking(name: str, value: Any) -> dict:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in ("enabled", "disabled", "adaptive"):
         raise refuse(name, "type enabled, adaptive or disabled expected")
-    known(name, value, "type", *(("budget_tokens",) if kind == "enabled" else ()))
+    known(name, value, "type", *{"enabled": ("budget_tokens", "display"), "adaptive": ("display",)}.get(kind, ()))
+    only("summarized")(f"{name}.display", value.get("display") or "summarized")  # thoughts are never left out
     if value.get("budget_tokens") is not None:
         integer(1, 10_000_000)(f"{name}.budget_tokens", value["budget_tokens"])
     return {"reasoning_effort": "none" if kind == "disabled" else "medium"}

@@ -153,6 +153,7 @@ def results(**block) -> dict:
         ({"messages": [*USER, {"role": "assistant", "content": "a"}], "thinking": {"type": "enabled"}}, "thinking"),
         ({"thinking": {"type": "enabled", "budget_tokens": "all"}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "disabled", "x": 1}}, "thinking.x"),
+        ({"thinking": {"type": "adaptive", "display": "omitted"}}, "thinking.display"),
         ({"tools": [TOOL | {"x": 1}]}, "tools[0].x"),
         ({"tools": [TOOL | {"strict": True}]}, "tools[0].strict"),
         ({"tools": [TOOL | {"name": ""}]}, "tools[0].name"),

@@ -211,11 +211,26 @@ def test_what_a_template_cannot_compute_with_is_the_requests_fault(server, monke
         assert refused(post(server, GOOD), 400)["param"] == "messages"
 
 
-@pytest.mark.parametrize("depth", [50, 300, 900])
+def nested(depth: int) -> dict:
+    value = {"type": "object"}
+    for _ in range(depth):
+        value = {"type": "object", "properties": {"a": value}}
+    return value
+
+
+@pytest.mark.parametrize("depth", [200, 300, 400])
 def test_deep_nesting_is_no_server_error(server, depth):
-    for fields in (b'"tools": ', b'"temperature": ', b'"response_format": '):
-        deep = b"{%s%s%s}" % (fields, b"[" * depth, b"]" * depth)
-        assert post(server, deep).status_code == 400
+    """Deep enough for some step after the body was read, whichever that is on this Python."""
+    schema = {"type": "object", "properties": {"a": nested(depth)}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    answer = [*GOOD["messages"], {"role": "assistant", "tool_calls": [called({"a": nested(depth)})]}]
+    schema_format = {"type": "json_schema", "json_schema": {"name": "a", "schema": nested(depth)}}
+    for fields in (
+        {"tools": tools, "tool_choice": "required"},
+        {"messages": answer},
+        {"response_format": schema_format},
+    ):
+        assert post(server, GOOD | fields).status_code in (200, 400)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "mlx-community/other", "../tiny", "default_model", ""])
