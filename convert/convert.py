@@ -13,7 +13,7 @@ import mlx_mimo
 from mlx_mimo.errors import FormatError, MimoError, UsageError
 from mlx_mimo.models.config import ModelArgs
 
-from . import manifest
+from . import bridge_line, manifest
 from .compute import Computer, find_kv_maps, read_cells
 from .fp8 import KvMap
 from .journal import NAME as JOURNAL
@@ -211,7 +211,9 @@ def write_small_files(target: Path, source: Source, plan: Plan, config: dict, fi
     small = {name: data for name, data in small.items() if data is not None}
     small[INDEX] = manifest.dump(manifest.index_json(plan))
     small["config.json"] = manifest.dump(config)
-    sizes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in small.items()}
+    # A directory that was repacked in place may have the bridge on.
+    written = small | {"config.json": bridge_line.without(small["config.json"])}
+    sizes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in written.items()}
     fields["files"] = dict(sorted((fields["files"] | sizes).items()))
     last = small.pop("config.json")
     for name, data in small.items():

@@ -18,6 +18,7 @@ from mlx_mimo.experts.record import TENSOR_ORDER, expert_file_name, expert_tenso
 from mlx_mimo.models.config import ModelArgs
 
 from . import manifest, shapes
+from .bridge_line import FILE as BRIDGE
 from .convert import check_sources, check_space, write_files, write_small_files
 from .journal import NAME as JOURNAL
 from .journal import DirectoryLock, Journal
@@ -115,6 +116,8 @@ def _locked(source: Source, target: Path, plan: Plan, in_place: bool, progress: 
                 source.release(file)
         fields = manifest.manifest_json(plan, {"repo": None, "revision": None}, reports, {})
         config = source.config | {"mlx_mimo": {"format": manifest.FORMAT, "recipe": plan.recipe.name}}
+        if not in_place and config.get("model_file") == BRIDGE:
+            del config["model_file"]  # that file is not taken over
         write_small_files(target, source, plan, config, fields)
         (target / STATE).unlink(missing_ok=True)
         journal.remove()

@@ -8,6 +8,7 @@ import pytest
 from converted import converted_directory, fp8_directory
 from damage import copy, load_all
 
+from mlx_mimo import bridge
 from mlx_mimo.convert import writer
 from mlx_mimo.convert.__main__ import main
 from mlx_mimo.convert.repack import STATE, repack
@@ -55,6 +56,19 @@ def same_logits(a, b) -> None:
 
     logits = [np.array(load(str(path))[0](mx.array([[5, 6, 7]])).astype(mx.float32)) for path in (a, b)]
     np.testing.assert_array_equal(*logits)
+
+
+def test_a_bridge_stays_in_place_and_is_left_behind_else(stock, tmp_path):
+    directory = copy(stock, tmp_path / "mlx")
+    bridge.switch(directory, True)
+    repack(directory, tmp_path / "new", progress=False)
+    assert not bridge.is_on(tmp_path / "new")
+    assert verify(tmp_path / "new") == []
+    repack(directory, None, progress=False)
+    assert bridge.is_on(directory)
+    assert verify(directory) == []
+    bridge.switch(directory, False)
+    assert verify(directory) == []
 
 
 def test_into_a_new_directory(stock, tmp_path):
