@@ -12,12 +12,12 @@ from .models.config import ModelArgs
 from .runtime import released
 from .runtime.budget import CHUNK, Budget, estimate, format_size, measure, parse_size, usual_context
 from .runtime.forecast import (
-    BANDWIDTH_USED,
     DISK_USED,
     OPERATIONS_PER_BYTE,
     ROUTER_WAIT,
     Forecast,
     Range,
+    bandwidth_used,
     fit_on,
     forecast,
 )
@@ -288,12 +288,12 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def assumptions(plan: Plan) -> list[str]:
-    machine = plan.machine
+    machine, used = plan.machine, bandwidth_used(plan.machine)
     return [
         f"disk {format_size(int(machine.disk))}/s ({machine.disk_from}), "
         f"{DISK_USED.low:.0%}–{DISK_USED.high:.0%} of it reached",
         f"memory bandwidth {format_size(int(machine.bandwidth))}/s ({machine.bandwidth_from}), "
-        f"{BANDWIDTH_USED.low:.0%}–{BANDWIDTH_USED.high:.0%} of it reached while decoding",
+        f"{used.low:.0%}–{used.high:.0%} of it reached while decoding",
         f"{ROUTER_WAIT.high * 1e6:.0f}–{ROUTER_WAIT.low * 1e6:.0f} µs a layer of waiting for the router",
         f"prefill in chunks of {plan.budget.chunk} at {OPERATIONS_PER_BYTE.low:.0f}–{OPERATIONS_PER_BYTE.high:.0f} "
         "operations a byte of bandwidth",

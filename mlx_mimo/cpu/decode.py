@@ -1,6 +1,6 @@
 """A decoder layer for a few tokens, on the host from end to end.
 
-Whoever waits for an operation of MLX on the CPU waits 60 µs for its thread to answer, which is longer than most of what
+Whoever waits for an operation of MLX on the CPU waits tens of µs for its thread to answer, longer than most of what
 a decode step does between its matrices takes. So for a few tokens the layer's sums, rotations and weights are NumPy's,
 and only the cache is MLX's. With many tokens the model's own code runs.
 """

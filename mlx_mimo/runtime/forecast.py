@@ -39,7 +39,8 @@ HIT_RATES: Sequence[tuple[float, float, float, float]] = (
     (0.75, 0.95, 0.97, 0.985),
     (1.0, 1.0, 1.0, 1.0),
 )
-BANDWIDTH_USED = Range(0.45, 0.60, 0.75)  # share of the memory's bandwidth that decoding reaches
+BANDWIDTH_USED = Range(0.45, 0.60, 0.75)  # share of the memory's bandwidth that decoding reaches on a GPU
+CPU_BANDWIDTH_USED = Range(0.55, 0.80, 0.95)  # and on a CPU, of what copying reaches there: see docs/PERFORMANCE.md
 DISK_USED = Range(0.70, 0.85, 1.0)  # share of the disk's speed that reads of single experts reach
 ROUTER_WAIT = Range(300e-6, 150e-6, 70e-6)  # seconds a layer loses where the host waits for its router
 OPERATIONS_PER_BYTE = Range(10.0, 17.0, 25.0)  # prefill's operations a second for each byte a second of bandwidth
@@ -60,6 +61,11 @@ class Forecast:
     @property
     def all_resident(self) -> bool:
         return self.share >= 1.0
+
+
+def bandwidth_used(machine: Machine) -> Range:
+    """Share of the machine's memory bandwidth that decoding reaches."""
+    return CPU_BANDWIDTH_USED if machine.backend == "cpu" else BANDWIDTH_USED
 
 
 def hit_rate(share: float) -> Range:
@@ -126,7 +132,7 @@ def forecast(
         computing = 2 * weights * chunk / (machine.bandwidth * operations)
         return chunk / max(computing, to_read / (machine.disk * disk))
 
-    pick = ("low", "expected", "high")
+    pick, used = ("low", "expected", "high"), bandwidth_used(machine)
     return Forecast(
         slots * budget.slot_bytes,
         slots,
@@ -134,7 +140,7 @@ def forecast(
         hits,
         from_memory,
         Range(missed(hits.high), missed(hits.expected), missed(hits.low)),
-        Range(*(decode(*(getattr(r, p) for r in (hits, BANDWIDTH_USED, DISK_USED, ROUTER_WAIT))) for p in pick)),
+        Range(*(decode(*(getattr(r, p) for r in (hits, used, DISK_USED, ROUTER_WAIT))) for p in pick)),
         Range(*(prefill(getattr(OPERATIONS_PER_BYTE, p), getattr(DISK_USED, p)) for p in pick)),
         budget.everything - budget.experts + slots * budget.slot_bytes,
     )

@@ -143,23 +143,58 @@ def test_unquantised_equals_float64(dtype, columns, tokens):
     assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
 
 
-@settings(max_examples=60, deadline=None)
+PLAIN = [mx.bfloat16, mx.float16, mx.float32]
+
+
+def any_matrix(packing, shape, seed):
+    """A matrix of any format: (bits, group), "mxfp4", or a type that is not quantised; `shape` counts groups."""
+    if packing in PLAIN:
+        return plain_and_exact(shape, packing, seed)
+    if packing == "mxfp4":
+        return packed_and_exact((*shape[:-1], shape[-1] * 32), 4, 32, "mxfp4", seed=seed)
+    bits, group = packing
+    return packed_and_exact((*shape[:-1], shape[-1] * group), bits, group, seed=seed)
+
+
+@settings(max_examples=120, deadline=None)
 @given(
     rows=st.integers(1, 70),
-    groups=st.integers(1, 9),
-    packing=st.sampled_from([*AFFINE, "mxfp4"]),
-    tokens=st.integers(1, 12),
+    groups=st.integers(1, 40),
+    packing=st.sampled_from([*AFFINE, "mxfp4", *PLAIN]),
+    tokens=st.one_of(st.integers(1, 12), st.integers(60, 70)),  # on both sides of every threshold
+    whole=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_equals_float64(rows, groups, packing, tokens, seed):
-    bits, group = (4, 32) if packing == "mxfp4" else packing
-    mode = "mxfp4" if packing == "mxfp4" else "affine"
-    matrix, exact = packed_and_exact((rows, groups * group), bits, group, mode, seed=seed)
-    x = activations(tokens, groups * group, seed)
-    got, want = matmul(x, matrix), x @ exact.T
-    # One row may cancel to almost nothing, so the error is measured against what was summed.
-    scale = np.sqrt((x.astype(np.float64) ** 2).sum(1))[:, None] * np.sqrt((exact**2).sum(1))[None]
-    assert (np.abs(got - want) / np.maximum(scale, 1e-30)).max() < TOLERANCE
+def test_any_shape_equals_float64(rows, groups, packing, tokens, whole, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        if not whole:
+            patch.setattr(digits, "available", lambda: False)
+        matrix, exact = any_matrix(packing, (rows, groups), seed)
+        x = activations(tokens, matrix.columns, seed)
+        got, want = matmul(x, matrix), x @ exact.T
+    # One row may cancel to almost nothing, so the error is measured against what such a product usually comes to.
+    usual = np.sqrt((x.astype(np.float64) ** 2).sum(1)[:, None] * (exact**2).sum(1)[None] / matrix.columns)
+    assert (np.abs(got - want) / np.maximum(usual, 1e-30)).max() < TOLERANCE
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    packings=st.tuples(*[st.sampled_from([*AFFINE, "mxfp4", *PLAIN])] * 2),
+    hidden=st.integers(1, 3),
+    inner=st.integers(1, 3),
+    tokens=st.one_of(st.integers(1, 6), st.just(70)),
+    seed=st.integers(0, 2**16),
+)
+def test_experts_of_any_formats_equal_float64(packings, hidden, inner, tokens, seed):
+    """Widths are multiples of every group, so that gate and up may have one format and down another."""
+    shapes, made = ((inner, hidden), (inner, hidden), (hidden, inner)), []
+    for turn, ((outputs, inputs), packing) in enumerate(zip(shapes, (packings[0], packings[0], packings[1]))):
+        group = 1 if packing in PLAIN else 32 if packing == "mxfp4" else packing[1]
+        made.append(any_matrix(packing, (4, 128 * outputs, 128 * inputs // group), seed + turn))
+    bank, exact = Expert(*(matrix for matrix, _ in made)), [values for _, values in made]
+    x = activations(tokens, 128 * hidden, seed) / 8
+    slots = np.random.default_rng(seed).integers(0, 4, size=(tokens, 2)).astype(np.int32)
+    assert relative_error(experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
