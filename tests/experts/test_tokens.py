@@ -54,6 +54,7 @@ def check(slots, policy, lookahead, chunk, batch, count, truth):
     tokens, logits = greedy(model, prompts(batch, 70), count, chunk)
     np.testing.assert_array_equal(tokens, truth[0])
     assert mx.array_equal(logits, truth[1]), "decode logits are bit-identical"
+    model.residency.reader.drain()  # guesses may still be on their way
     counters = model.residency.counters
     record = model.residency.pools[0].layout.nbytes
     assert counters.bytes_read == (counters.misses + counters.lookahead_reads) * record
@@ -85,10 +86,10 @@ def test_logits_across_chunk_sizes_and_batches():
     model = open_model(EXPERTS // 4)
     wanted = greedy(model, prompts(4, 70), 1, 2048)[1]
     for chunk in (1, 3, 64):
-        assert mx.allclose(greedy(model, prompts(4, 70), 1, chunk)[1], wanted, atol=1e-4)
+        assert mx.allclose(greedy(model, prompts(4, 70), 1, chunk)[1], wanted, rtol=0, atol=1e-4)
     for row in range(4):
         alone = greedy(model, prompts(4, 70)[row : row + 1], 1, 2048)[1]
-        assert mx.allclose(alone, wanted[row : row + 1], atol=1e-4)
+        assert mx.allclose(alone, wanted[row : row + 1], rtol=0, atol=1e-4)
 
 
 def test_prefill_spares_the_last_layers_experts():
