@@ -1,121 +1,21 @@
 """A pool through every fault: what it holds is right or not there, and the next call is served."""
 
-import linecache
 import os
-import shutil
-import sys
 import threading
-import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from pool_cases import assert_consistent, need, serve
 from tiny_experts import EXPERTS, random_experts, write_expert_file
 
 from mlx_mimo.errors import MimoError
-from mlx_mimo.experts import banks as banks_module
-from mlx_mimo.experts import pool as pool_module
-from mlx_mimo.experts import reader as reader_module
-from mlx_mimo.experts import residents as residents_module
 from mlx_mimo.experts.pool import Counters, Pool, divide, group_by_shape
 from mlx_mimo.experts.reader import ExpertReader
 from mlx_mimo.experts.record import expert_files
-from mlx_mimo.experts.residents import HELD, Need
 
-LAYERS = (1, 2)
-
-
-class Disk:
-    """preadv that does as told: `fault(n)` decides what the n-th call does."""
-
-    def __init__(self):
-        self.calls = 0
-        self.fault = lambda n: None
-
-    def __call__(self, fd, views, offset):
-        self.calls += 1
-        fault = self.fault(self.calls)
-        if fault == "fail":
-            raise OSError(5, "Input/output error")
-        if fault == "short":
-            return os.preadv(fd, [views[0][: max(1, views[0].nbytes // 3)]], offset)
-        if fault == "slow":
-            time.sleep(0.02)
-        return os.preadv(fd, views, offset)
-
-
-@pytest.fixture(params=["threads", "inline"], autouse=True)
-def where_reads_run(request, monkeypatch):
-    if request.param == "threads":
-        monkeypatch.setattr("mlx_mimo.experts.reader.INLINE_BYTES", 0)
-
-
-@pytest.fixture
-def disk():
-    return Disk()
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    """(directory of expert files, {layer: {tensor: what a slot holds of it, for all experts}})"""
-    directory = tmp_path_factory.mktemp("experts")
-    truth = {}
-    for layer in LAYERS:
-        tensors = random_experts(seed=layer)
-        write_expert_file(directory, layer, tensors)
-        truth[layer] = {
-            name: np.array(value if value.dtype == mx.uint32 else value.astype(mx.float32))
-            for name, value in tensors.items()
-        }
-    return directory, truth
-
-
-@pytest.fixture
-def make(originals, tmp_path, disk):
-    directory, truth = originals
-    files = expert_files(shutil.copytree(directory, tmp_path / "experts"))
-    readers = []
-
-    def pool(slots, **options) -> Pool:
-        readers.append(ExpertReader(files, threads=3, preadv=disk))
-        made = Pool(files, slots, readers[-1], widen=True, **options)
-        made.truth = truth
-        return made
-
-    yield pool
-    for reader in readers:
-        reader.close()
-
-
-def need(layer, *experts, together=True) -> Need:
-    return Need(layer, np.array(experts, dtype=np.int32), np.ones(len(experts), int), 1, together)
-
-
-def serve(pool, call, **options) -> set[int]:
-    """Runs a call, checking that each expert's slot holds its weights when it is to be computed."""
-    computed = []
-    with closing(pool.serve(call, **options)) as steps:
-        for step in steps:
-            for expert, slot in zip(step.experts.tolist(), pool.slots_of(call.layer, step.experts).tolist()):
-                assert_holds(pool, call.layer, expert, slot)
-            computed += step.experts.tolist()
-    assert sorted(computed) == sorted(call.experts.tolist())
-    return set(computed)
-
-
-def assert_holds(pool, layer, expert, slot):
-    for name in ("gate_proj.weight", "down_proj.biases"):  # the first and the last tensor, one of them widened
-        assert np.array_equal(np.asarray(pool.arrays[name])[slot], pool.truth[layer][name][expert]), (layer, expert)
-
-
-def assert_consistent(pool):
-    table = pool.residents
-    assert not (table.rank == HELD).any()
-    for slot, key in enumerate(table.key_of.tolist()):
-        if key >= 0:
-            assert table.slot_of[key] == slot
-            assert_holds(pool, LAYERS[key // EXPERTS], key % EXPERTS, slot)
+pytestmark = pytest.mark.usefixtures("where_reads_run")
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 8, 32])
@@ -210,120 +110,6 @@ def test_a_consumer_that_gives_up_leaves_the_pool_whole(make, disk):
         assert_consistent(pool)
         assert pool.reader.bytes_read == pool.residents.misses * pool.layout.nbytes
     serve(pool, need(1, *range(12)))
-
-
-def test_an_interrupt_while_waiting_leaves_the_pool_whole(make, monkeypatch):
-    pool = make(8)
-    submit = pool.reader.submit
-
-    def interrupting(requests, background=False):
-        batch = submit(requests, background)
-        wait = batch.wait
-        calls = []
-
-        def once():
-            calls.append(1)
-            if len(calls) == 1:
-                raise KeyboardInterrupt
-            return wait()
-
-        batch.wait = once
-        return batch
-
-    monkeypatch.setattr(pool.reader, "submit", interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        serve(pool, need(1, 0, 1, 2))
-    assert_consistent(pool)
-    monkeypatch.setattr(pool.reader, "submit", submit)
-    serve(pool, need(1, 0, 1, 2))
-
-
-def interrupted(nth: int, work) -> bool:
-    """Runs `work` with a KeyboardInterrupt at the nth line of the pool's code that this thread comes to.
-
-    Lines that begin `with` come up again before the lock is released; there the interpreter takes no signal.
-    """
-    lines = 0
-
-    def each(frame, event, _):
-        nonlocal lines
-        if event != "line" or linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith("with"):
-            return each
-        lines += 1
-        if lines == nth:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return each
-
-    sys.settrace(lambda frame, *_: each if frame.f_code.co_filename in POOL_CODE else None)
-    try:
-        work()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return lines >= nth  # preload keeps the interrupt to itself
-
-
-POOL_CODE = {module.__file__ for module in (pool_module, reader_module, residents_module, banks_module)}
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("what", ["together", "waves", "guess", "preload"])
-def test_an_interrupt_at_any_line_leaves_the_next_call_right(make, what, in_place):
-    pool, rng = make(7, in_place=in_place), np.random.default_rng(0)
-    for _ in range(3):
-        serve(pool, need(1, *range(6)))
-
-    def work():
-        experts = rng.permutation(EXPERTS)[:5]
-        if what == "preload":
-            pool.preload()
-        elif what == "guess":
-            with closing(pool.serve(need(1, *experts[:2]), hold=True)) as steps:
-                for _ in steps:
-                    pool.guess(2, experts[2:])
-        else:
-            serve(pool, need(1, *experts, together=what == "together"))
-
-    nth = 1
-    while interrupted(nth, work):
-        serve(pool, need(1 + nth % 2, *rng.permutation(EXPERTS)[:4]))
-        pool.reader.drain()
-        serve(pool, need(1, 0))
-        assert_consistent(pool)
-        if what == "preload":
-            pool.residents.forget()
-        nth += 1
-    assert nth > 20, "lines interrupted"
-
-
-@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError(), KeyboardInterrupt()])
-@pytest.mark.parametrize("late", [True, False])
-@pytest.mark.parametrize("what", ["serve", "guess", "preload"])
-def test_reads_that_cannot_be_handed_over_leave_no_expert_behind(make, monkeypatch, error, late, what):
-    pool = make(8)
-    serve(pool, need(1, 0, 1))
-    pool.residents.uses[[3, 4]] = 1
-    submit = pool.reader.submit
-
-    def failing(requests, background=False):
-        if late:
-            submit(requests, background)
-        raise error
-
-    monkeypatch.setattr(pool.reader, "submit", failing)
-    with pytest.raises(type(error)) if (what, type(error)) != ("preload", KeyboardInterrupt) else nullcontext():
-        if what == "serve":
-            serve(pool, need(1, 1, 2, 3))
-        elif what == "guess":
-            pool.guess(2, np.array([3, 4]))
-        else:
-            pool.preload()
-    monkeypatch.setattr(pool.reader, "submit", submit)
-    serve(pool, need(1, 2, 3, 4))
-    serve(pool, need(2, 3, 4))
-    assert_consistent(pool)
 
 
 def test_lazy_outputs_are_computed_before_their_slots_are_written(make):
