@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import openai
 import pytest
+import requests
 from checkpoints import tiny_config, write_checkpoint
 from serving import Process, running_server
 
@@ -77,3 +78,11 @@ def start():
         if process.process.poll() is None:
             process.process.kill()
             process.process.wait()
+
+
+@pytest.fixture
+def worker_lives(server):
+    """Whatever was refused, the server goes on."""
+    yield
+    assert server.worker.is_healthy
+    assert requests.get(f"{server.url}/health", timeout=20).json() == {"status": "ok"}
