@@ -86,7 +86,7 @@ def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, offset: int
 def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     """Asks for the cache line at `address`, which need not exist, into the second cache and those behind it.
 
-    The first has room for fewer lines on their way: asking there, 4-bit weights come a tenth slower.
+    The first has room for fewer lines on their way.
     """
     pointer = builder.inttoptr(address, I8.as_pointer())
     type_ = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
