@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from mlx_mimo.errors import MimoError, UsageError
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from mlx_mimo.checkpoint.recipe import Recipe
+
     from .source import Source
 
 SUBCOMMANDS = ("verify", "inspect", "repack", "repair")
@@ -42,8 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     if argv and argv[0] in SUBCOMMANDS:
         return import_module(f".{argv[0]}", __package__).run(argv[1:])
+    from mlx_mimo.checkpoint.recipe import named
+
     from .convert import convert_checkpoint
-    from .recipe import named
     from .source import open_source
 
     arguments = build_parser().parse_args(argv)
@@ -91,7 +93,8 @@ def upload(directory: str, repo: str) -> None:
 
 
 def dry_run(source: "Source", recipe: "Recipe") -> int:
-    from .plan import make_plan
+    from mlx_mimo.checkpoint.layout import make_plan
+
     from .table import plan_rows, render
 
     print(render(plan_rows(make_plan(source.config, source.weight_map, recipe))))

@@ -4,11 +4,12 @@ from threading import Lock
 
 import numpy as np
 
+from mlx_mimo.checkpoint import shapes
+from mlx_mimo.checkpoint.layout import Item
 from mlx_mimo.errors import FormatError
 
-from . import fp8, shapes
+from . import fp8
 from .fp8 import KvMap, Scales
-from .plan import Item
 from .quantise import Encoded, bfloat16, encode, from_bfloat16
 from .source import Source
 from .writer import Piece

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx_mimo
+from mlx_mimo.checkpoint import bridge_line
+from mlx_mimo.checkpoint.layout import Item, Plan, make_plan
+from mlx_mimo.checkpoint.recipe import Recipe, named
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import FormatError, MimoError, UsageError
-from mlx_mimo.models.config import ModelArgs
 
-from . import bridge_line, manifest
+from . import manifest
 from .compute import Computer, find_kv_maps, read_cells
 from .fp8 import KvMap
 from .journal import NAME as JOURNAL
 from .journal import DirectoryLock, Journal
-from .plan import Item, Plan, make_plan
 from .quantise import kernels_available
-from .recipe import Recipe, named
 from .source import INDEX, Source, open_source, read_json
 from .writer import PART, STAGED, Piece, Report, source_names, write_file, write_whole
 

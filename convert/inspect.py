@@ -5,7 +5,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from . import shapes, table
+from mlx_mimo.checkpoint import shapes
+
+from . import table
 from .stored import Stored
 
 

@@ -5,9 +5,9 @@ from collections import Counter
 from math import sqrt
 
 import mlx_mimo
+from mlx_mimo.checkpoint.layout import Plan, module_path
 
 from .fp8 import KvMap
-from .plan import Plan, module_path
 from .writer import Report
 
 NAME = "mlx_mimo.json"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .recipe import Quantisation
+from mlx_mimo.checkpoint.recipe import Quantisation
 
 
 @dataclass(frozen=True)

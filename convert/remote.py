@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from mlx_mimo.checkpoint.header import Header, check_length, parse_header
 from mlx_mimo.errors import FormatError, MimoError
-from mlx_mimo.experts.header import Header, check_length, parse_header
 
 from .source import INDEX, Source, weight_map_of
 from .writer import STAGED

@@ -12,20 +12,21 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_mimo.checkpoint import shapes
+from mlx_mimo.checkpoint.bridge_line import FILE as BRIDGE
+from mlx_mimo.checkpoint.header import Header, TensorEntry
+from mlx_mimo.checkpoint.layout import Item, OutputFile, Plan, Stored
+from mlx_mimo.checkpoint.recipe import Recipe
+from mlx_mimo.checkpoint.record import TENSOR_ORDER, expert_file_name, expert_tensor_name
+from mlx_mimo.checkpoint.shapes import Shape
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import FormatError, MimoError, UsageError
-from mlx_mimo.experts.header import Header, TensorEntry
-from mlx_mimo.experts.record import TENSOR_ORDER, expert_file_name, expert_tensor_name
-from mlx_mimo.models.config import ModelArgs
 
-from . import manifest, shapes
-from .bridge_line import FILE as BRIDGE
+from . import manifest
 from .convert import check_sources, check_space, write_files, write_small_files
 from .journal import NAME as JOURNAL
 from .journal import DirectoryLock, Journal
-from .plan import Item, OutputFile, Plan, Stored
 from .quantise import Encoded
-from .recipe import Recipe
-from .shapes import Shape
 from .source import INDEX, Source, open_source
 from .writer import Piece, source_names, write_whole
 

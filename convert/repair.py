@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_mimo.checkpoint.bridge_line import sha256
+from mlx_mimo.checkpoint.recipe import Quantisation
+from mlx_mimo.checkpoint.shapes import global_layers
 from mlx_mimo.errors import FormatError, MimoError
 
 from . import fp8, manifest
-from .bridge_line import sha256
 from .compute import kv_names, kv_scales
 from .journal import DirectoryLock
 from .quantise import bfloat16, from_bfloat16
-from .recipe import Quantisation
 from .remote import RemoteSource
-from .shapes import global_layers
 from .source import Source, is_repo, read_json
 from .stored import Stored
 from .writer import flush_directory, write_whole

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_mimo.checkpoint.header import Header, TensorEntry, read_header
 from mlx_mimo.errors import FormatError, MimoError, UsageError
-from mlx_mimo.experts.header import Header, TensorEntry, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

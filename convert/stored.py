@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_mimo.checkpoint.layout import Plan, make_plan
+from mlx_mimo.checkpoint.recipe import Quantisation
 from mlx_mimo.errors import FormatError
 
 from . import manifest
-from .plan import Plan, make_plan
 from .quantise import from_bfloat16
-from .recipe import Quantisation
 from .source import Source, read_json
 
 _EXPERT = re.compile(r"\.mlp\.experts\.")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 
-from .plan import Item, Plan
+from mlx_mimo.checkpoint.layout import Item, Plan
 
 
 @dataclass

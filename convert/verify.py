@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_mimo.checkpoint.bridge_line import sha256, size
+from mlx_mimo.checkpoint.layout import Item, Plan
+from mlx_mimo.checkpoint.record import expert_files
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import FormatError, MimoError
-from mlx_mimo.experts.record import expert_files
-from mlx_mimo.models.config import ModelArgs
 
 from . import manifest
-from .bridge_line import sha256, size
 from .compute import Computer, find_kv_maps
 from .fp8 import dequantise
 from .journal import NAME as JOURNAL
-from .plan import Item, Plan
 from .quantise import from_bfloat16
 from .source import Source, open_source
 from .stored import Stored

@@ -11,10 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlx_mimo.checkpoint import shapes
+from mlx_mimo.checkpoint.layout import Item, OutputFile
 from mlx_mimo.errors import MimoError
 
-from . import shapes
-from .plan import Item, OutputFile
 from .quantise import Encoded
 
 PART = ".part"

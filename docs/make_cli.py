@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-from mlx_mimo.__main__ import COMMANDS
+from mlx_mimo.__main__ import COMMANDS, module_of
 
 PAGE = Path(__file__).with_name("CLI.md")
-MODULES = {"convert": "mlx_mimo.convert.__main__", "server": "mlx_mimo.server.__main__"}
 HEAD = """# The command line
 
 Made from the commands' parsers by `python docs/make_cli.py`; change the parser, not this page.
@@ -27,7 +26,7 @@ def page() -> str:
     parts = [HEAD, "| command | for |\n|---|---|"]
     parts[-1] += "".join(f"\n| [{name}](#{name}) | {_cell(what)} |" for name, what in COMMANDS.items())
     for name in COMMANDS:
-        module = importlib.import_module(MODULES.get(name, f"mlx_mimo.{name}"))
+        module = module_of(name)
         parts += _section(module.build_parser(), name, 2)
         for sub in getattr(module, "SUBCOMMANDS", ()):
             found = importlib.import_module(f"{module.__package__}.{sub}")

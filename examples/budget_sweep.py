@@ -13,8 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from mlx_mimo import load
-from mlx_mimo.runtime.source import DEMO, find
-from mlx_mimo.runtime.timing import Case, run_case
+from mlx_mimo.bench.timing import Case, run_case
+from mlx_mimo.demo import CHECKPOINT
+from mlx_mimo.runtime.source import find
 
 RUNS = 3  # the first fills the pool and does not count
 
@@ -29,7 +30,7 @@ every = model.residency.counters
 model.residency.close()
 
 # A piece of its own for every run: a text that comes again would find its experts in memory.
-questions = (DEMO.parent / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+questions = (CHECKPOINT.parent / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
 text = " ".join(json.loads(line)["messages"][-1]["content"] for line in questions[:: len(questions) // 100])
 tokens = tokenizer.encode(text, add_special_tokens=False)
 pieces = [tokens[run * case.tokens : (run + 1) * case.tokens] for run in range(RUNS)]

@@ -7,13 +7,15 @@ comes with the package. MiMo-V2-Flash needs about 313 GB for the download and 17
 import sys
 from pathlib import Path
 
+from mlx_mimo.checkpoint.directory import read_config
+from mlx_mimo.checkpoint.recipe import named
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.convert import convert_checkpoint
-from mlx_mimo.convert.recipe import named
-from mlx_mimo.models.config import ModelArgs
-from mlx_mimo.runtime.budget import estimate, format_size
-from mlx_mimo.runtime.source import DEMO, read_config
+from mlx_mimo.demo import CHECKPOINT
+from mlx_mimo.planning.budget import estimate
+from mlx_mimo.units import format_size
 
-source = sys.argv[1] if len(sys.argv) > 1 else str(DEMO)
+source = sys.argv[1] if len(sys.argv) > 1 else str(CHECKPOINT)
 target = Path(sys.argv[2] if len(sys.argv) > 2 else "converted")
 recipe = sys.argv[3] if len(sys.argv) > 3 else "4bit"
 

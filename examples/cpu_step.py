@@ -16,11 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_mimo import load
+from mlx_mimo.bench.synthetic import synthetic_config, write_synthetic
 from mlx_mimo.cpu import decode
 from mlx_mimo.cpu.decode import HostDecoderLayer
 from mlx_mimo.experts.layer import ResidentSwitchGLU, StreamedSwitchGLU
-from mlx_mimo.runtime.budget import parse_size
-from mlx_mimo.runtime.synthetic import synthetic_config, write_synthetic
+from mlx_mimo.units import parse_size
 
 REST = "norms, rotary embedding, caches, sums"
 

@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_mimo import load
+from mlx_mimo.checkpoint.recipe import NAMES
+from mlx_mimo.compare.quality import Comparer, predictions
 from mlx_mimo.convert import convert_checkpoint
-from mlx_mimo.convert.recipe import NAMES
-from mlx_mimo.runtime.quality import Comparer, predictions
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "mlx_mimo" / "demo"

@@ -15,10 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from mlx_mimo.convert import manifest, shapes
-from mlx_mimo.convert.plan import make_plan
-from mlx_mimo.convert.recipe import named
-from mlx_mimo.runtime import released
+from mlx_mimo.checkpoint import shapes
+from mlx_mimo.checkpoint.layout import make_plan
+from mlx_mimo.checkpoint.recipe import named
+from mlx_mimo.config import released
+from mlx_mimo.convert import manifest
 
 
 def write_release(directory: Path, recipe: str = "4bit") -> None:

@@ -6,7 +6,7 @@
    router's bias such that some experts are as popular as in real models.
 2. `mlx_mimo bench` times it at each share of resident experts with reads held back to each disk speed, which stands in
    for slower disks, and once with everything resident, where the disk has no part.
-3. `mlx_mimo.runtime.forecast`, which `plan` prints, is asked for the same: this machine's memory bandwidth as `plan`
+3. `mlx_mimo.planning.forecast`, which `plan` prints, is asked for the same: this machine's memory bandwidth as `plan`
    measures it, the held-back disk, the same room for experts. Once with the hit rates it assumes, and once with those
    that the run had, which tells an error of the hit curve from one of the times.
 
@@ -26,11 +26,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from mlx_mimo.models.config import ModelArgs
-from mlx_mimo.runtime.budget import Budget, format_size, measure, parse_size, parse_speed
-from mlx_mimo.runtime.forecast import Range, forecast
-from mlx_mimo.runtime.machine import Machine, this_machine
-from mlx_mimo.runtime.source import find, read_config
+from mlx_mimo.checkpoint.directory import read_config
+from mlx_mimo.config.model_args import ModelArgs
+from mlx_mimo.planning.budget import Budget, measure
+from mlx_mimo.planning.forecast import Range, forecast
+from mlx_mimo.planning.machine import Machine, this_machine
+from mlx_mimo.runtime.source import find
+from mlx_mimo.units import format_size, parse_size, parse_speed
 
 CHUNK = 2048
 RECIPE, NARROW = "4bit", 2
@@ -118,7 +120,7 @@ def subject(options: argparse.Namespace) -> Iterator[Path]:
     if options.model is not None:
         yield find(None if options.model == "demo" else options.model).path
         return
-    from mlx_mimo.runtime.synthetic import synthetic_config, write_synthetic
+    from mlx_mimo.bench.synthetic import synthetic_config, write_synthetic
 
     config = synthetic_config(parse_size(options.synthetic), RECIPE, NARROW)
     with tempfile.TemporaryDirectory(prefix="mlx-mimo-forecast-") as folder:

@@ -19,9 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 import mlx_mimo
-from mlx_mimo.runtime.budget import parse_size, parse_speed
-from mlx_mimo.runtime.synthetic import synthetic_config, write_synthetic
-from mlx_mimo.runtime.throttle import Throttle
+from mlx_mimo.bench.synthetic import synthetic_config, write_synthetic
+from mlx_mimo.bench.throttle import Throttle
+from mlx_mimo.units import parse_size, parse_speed
 
 
 def text_tokens(tokenizer, count: int) -> list[int]:

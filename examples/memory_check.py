@@ -3,8 +3,8 @@
     python examples/memory_check.py [--size 2GB] [--narrow 4] [--expert-memory 60MB] [--prompt-tokens 512]
 
 Generates a checkpoint of random weights, answers a prompt in a process of its own and compares that process's peak with
-slots + trunk + KV caches + transients, as `mlx_mimo.runtime.budget` counts them, + what a process takes that has loaded
-nothing. Ends with 1 where the peak is higher.
+slots + trunk + KV caches + transients, as `mlx_mimo.planning.budget` counts them, + what a process takes that has
+loaded nothing. Ends with 1 where the peak is higher.
 """
 
 import argparse
@@ -17,16 +17,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_mimo.bench.synthetic import synthetic_config, write_synthetic
+from mlx_mimo.checkpoint.record import expert_files
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.experts.banks import Banks
-from mlx_mimo.experts.compute import choose_compute
-from mlx_mimo.experts.record import expert_files
-from mlx_mimo.models.config import ModelArgs
-from mlx_mimo.runtime.budget import CHUNK, Budget, format_size, item_bytes, measure, parse_size
+from mlx_mimo.planning.budget import CHUNK, Budget, item_bytes, measure
+from mlx_mimo.planning.memory import peak_memory_bytes
+from mlx_mimo.runtime.compute import choose_compute
 from mlx_mimo.runtime.load import load, load_tokenizer, on_cpu
-from mlx_mimo.runtime.machine import peak_memory_bytes
 from mlx_mimo.runtime.source import find
 from mlx_mimo.runtime.stream import stream_generate
-from mlx_mimo.runtime.synthetic import synthetic_config, write_synthetic
+from mlx_mimo.units import format_size, parse_size
 
 
 def child(directory: Path, expert_memory: str, prompt_tokens: int, generated: int) -> None:

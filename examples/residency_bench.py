@@ -20,11 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_mimo.experts.compute import choose_compute
-from mlx_mimo.experts.layer import ResidentSwitchGLU, StreamedSwitchGLU
-from mlx_mimo.experts.pool import Pool
-from mlx_mimo.experts.reader import ExpertReader
-from mlx_mimo.experts.record import (
+from mlx_mimo.checkpoint.record import (
     ALIGNMENT,
     TENSOR_ORDER,
     ExpertFile,
@@ -32,8 +28,12 @@ from mlx_mimo.experts.record import (
     expert_files,
     expert_tensor_name,
 )
+from mlx_mimo.experts.layer import ResidentSwitchGLU, StreamedSwitchGLU
+from mlx_mimo.experts.pool import Pool
+from mlx_mimo.experts.reader import ExpertReader
 from mlx_mimo.experts.residents import Need
-from mlx_mimo.runtime.machine import peak_memory_bytes
+from mlx_mimo.planning.memory import peak_memory_bytes
+from mlx_mimo.runtime.compute import choose_compute
 
 HIDDEN, INNER, EXPERTS, TOP_K, GROUP = 4096, 2048, 256, 8, 64
 SPARE_KERNEL_SECONDS = 0.001

@@ -8,7 +8,7 @@
    experts resident and 80–87 % with a quarter.
 2. The trace runs through the pool's own table and policy (LFU with the package's half-life, one pool for all layers).
    Only tokens after the warm-up count.
-3. `mlx_mimo.runtime.forecast` turns hit rates into time with the constants that `mlx_mimo plan` prints.
+3. `mlx_mimo.planning.forecast` turns hit rates into time with the constants that `mlx_mimo plan` prints.
 4. What the pool takes from the rest of the system comes back as paging: once the model, the system and the room that
    its page cache wants exceed the memory, that excess is read again from the disk, as far as a token touches it.
 """
@@ -19,15 +19,16 @@ from itertools import pairwise
 
 import numpy as np
 
-from mlx_mimo.convert.recipe import named
+from mlx_mimo.checkpoint.recipe import named
+from mlx_mimo.config import released
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import MimoError
 from mlx_mimo.experts.policy import DEFAULT_HALF_LIFE_TOKENS, make_policy
 from mlx_mimo.experts.residents import Need, Residents
-from mlx_mimo.models.config import ModelArgs
-from mlx_mimo.runtime import released
-from mlx_mimo.runtime.budget import FLOOR_BYTES, GB, Budget, estimate
-from mlx_mimo.runtime.forecast import DISK_USED, Range, fit_on, forecast
-from mlx_mimo.runtime.machine import GIB, MACS, SYSTEM_BYTES, Machine, imagined
+from mlx_mimo.planning.budget import FLOOR_BYTES, Budget, estimate
+from mlx_mimo.planning.forecast import DISK_USED, Range, fit_on, forecast
+from mlx_mimo.planning.machine import GIB, MACS, SYSTEM_BYTES, Machine, imagined
+from mlx_mimo.units import GB
 
 LAYERS, EXPERTS, TOP_K = 47, 256, 8
 SKEW, STAY, SUBJECT, SUBJECT_TOKENS = 0.9, 0.36, 1.4, 400

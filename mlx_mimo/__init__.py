@@ -3,14 +3,8 @@
 Importing this package loads nothing heavy: `load` and `stream_generate` are fetched on first use.
 """
 
-from pathlib import Path as _Path
-
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "stream_generate"]
-
-# In a checkout the converter lies beside this folder, not in it; an installed package has it within.
-if not (_Path(__file__).parent / "convert").exists() and (_Path(__file__).parents[1] / "convert").exists():
-    __path__.append(str(_Path(__file__).parents[1]))
 
 
 def __getattr__(name: str):

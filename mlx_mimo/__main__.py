@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import ModuleType
 
 COMMANDS = {
     "generate": "one prompt in, text out",
@@ -15,6 +16,12 @@ COMMANDS = {
     "replay": "a routing trace × policies × budgets → hit rates",
     "compare": "two directories: KL divergence, agreement, perplexity",
 }
+
+
+def module_of(command: str) -> ModuleType:
+    """The module of a command: a file, or the `__main__` of a folder."""
+    module = importlib.import_module(f"mlx_mimo.{command}")
+    return importlib.import_module(f"{module.__name__}.__main__") if hasattr(module, "__path__") else module
 
 
 def usage() -> str:
@@ -38,8 +45,7 @@ def main() -> int:
         return 2
     del sys.argv[1]
     sys.argv[0] = f"mlx_mimo {command}"
-    module = f"mlx_mimo.{command}" + (".__main__" if command in ("convert", "server") else "")
-    return importlib.import_module(module).main() or 0
+    return module_of(command).main() or 0
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 from .errors import MimoError, UsageError
-from .runtime.budget import parse_size, parse_speed
-from .runtime.machine import Given
+from .planning.machine import Given
+from .units import parse_size, parse_speed
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

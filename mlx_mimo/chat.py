@@ -65,7 +65,7 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """One turn: prints the answer as it comes; Ctrl-C ends it and keeps what was said."""
-        from .runtime.console import Interrupts, PrefillProgress, Printer
+        from .console import Interrupts, PrefillProgress, Printer
         from .runtime.conversation import Stopped
         from .runtime.sampling import sampler_for
 

@@ -93,7 +93,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def answer(model, tokenizer, args: argparse.Namespace, text: str) -> int:
     """Generates from one prompt and prints what the flags ask for; returns the exit code."""
-    from .runtime.console import PrefillProgress, Printer
+    from .console import PrefillProgress, Printer
     from .runtime.sampling import sampler_for
     from .runtime.stream import Response, stream_generate
 
@@ -149,9 +149,9 @@ def peak_memory_bytes() -> int:
 
     if mx.default_device() != mx.Device(mx.cpu):
         return mx.get_peak_memory()
-    from .runtime import machine
+    from .planning import memory
 
-    return machine.peak_memory_bytes()
+    return memory.peak_memory_bytes()
 
 
 def report(model, text: str, ids: list[int], prompt_tokens: int, last, reason: str | None) -> dict:

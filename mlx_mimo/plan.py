@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .arguments import add_machine_arguments, given, positive_int, run
+from .checkpoint.directory import read_config
+from .config import released
+from .config.model_args import ModelArgs
+from .demo import CHECKPOINT
 from .errors import MimoError, UsageError
-from .models.config import ModelArgs
-from .runtime import released
-from .runtime.budget import CHUNK, Budget, estimate, format_size, measure, parse_size, usual_context
-from .runtime.forecast import (
+from .planning.budget import CHUNK, Budget, estimate, measure, usual_context
+from .planning.forecast import (
     DISK_USED,
     OPERATIONS_PER_BYTE,
     ROUTER_WAIT,
@@ -21,8 +23,8 @@ from .runtime.forecast import (
     fit_on,
     forecast,
 )
-from .runtime.machine import MACS, Given, Machine, imagined, machine_with
-from .runtime.source import DEMO, read_config
+from .planning.machine import MACS, Given, Machine, imagined, machine_with
+from .units import format_size, parse_size
 
 SCHEMA_VERSION = 1
 # From the largest to the smallest: what `a smaller recipe` means.
@@ -52,7 +54,7 @@ class Subject:
         sizes = (args, context, CHUNK, *machine.item_bytes)
         if self.converted is not None:
             return measure(self.converted, *sizes)
-        from .convert.recipe import named
+        from .checkpoint.recipe import named
 
         return estimate(self.config, named(self.recipe), *sizes)
 
@@ -100,13 +102,13 @@ def tokens(text: str) -> int:
 
 def subject_of(model: str | None, recipe: str | None) -> Subject:
     """What `--model` names. A Hub repo costs one small file. Raises FormatError, MimoError or UsageError."""
-    from .convert.recipe import named
+    from .checkpoint.recipe import named
 
     if recipe is not None:
         named(recipe)  # refused by its name before anything else
     if model is None or model in released.REPOS:
         return Subject(released.NAME, released.CONFIG, recipe or "4bit")
-    path = DEMO if model == "demo" else Path(model).expanduser()
+    path = CHECKPOINT if model == "demo" else Path(model).expanduser()
     if path.is_dir():
         config = read_config(path)
     elif model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.exists():

@@ -11,7 +11,7 @@ from .errors import MimoError, UsageError
 from .experts.policy import DEFAULT_HALF_LIFE_TOKENS
 from .experts.simulate import REPLAY_POLICIES, Result, needs_of, shuffled, simulate
 from .experts.trace import Trace, read_trace
-from .runtime.budget import parse_size
+from .units import parse_size
 
 
 @dataclass(frozen=True)

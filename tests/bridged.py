@@ -15,7 +15,7 @@ from tempfile import mkdtemp
 import requests
 from converted import converted_directory
 
-from mlx_mimo import bridge
+from mlx_mimo.bridge import __main__ as bridge
 
 STREAMED = {"MLX_MIMO_EXPERT_MEMORY": "120KB"}  # a third of the experts
 KINDS = ("stock", "bridged")

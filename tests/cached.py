@@ -3,7 +3,7 @@
 import mlx.core as mx
 from checkpoints import tiny_config
 
-from mlx_mimo.models.config import ModelArgs
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.models.mimo_v2_flash import Model
 from mlx_mimo.server.prompt_cache import Checkpoint, Entry
 

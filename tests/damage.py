@@ -7,7 +7,7 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 
-from mlx_mimo.experts.header import read_header
+from mlx_mimo.checkpoint.header import read_header
 
 NUMPY = {"F8_E4M3": np.uint8, "BF16": np.uint16, "F32": np.float32, "U32": np.uint32, "U8": np.uint8}
 

@@ -18,8 +18,8 @@ from test_generate import mimo
 
 from mlx_mimo import load
 from mlx_mimo.chat import HELP, Chat, build_parser
+from mlx_mimo.console import Interrupts
 from mlx_mimo.errors import MimoError
-from mlx_mimo.runtime.console import Interrupts
 from mlx_mimo.runtime.conversation import Conversation, Stopped
 
 

@@ -5,7 +5,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mimo.experts.header import read_header
+from mlx_mimo.checkpoint.header import read_header
 
 
 def test_codes_mean_what_mlx_says():

@@ -1,6 +1,5 @@
 """The command line as a whole: every command is there, documented, and fails as promised."""
 
-import importlib
 import re
 import runpy
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mimo.__main__ import COMMANDS
+from mlx_mimo.__main__ import COMMANDS, module_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 MAKE = runpy.run_path(str(DOCS / "make_cli.py"))
@@ -21,7 +20,7 @@ def test_the_page_is_current():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_says_what_it_does(name):
-    module = importlib.import_module(MAKE["MODULES"].get(name, f"mlx_mimo.{name}"))
+    module = module_of(name)
     parser = module.build_parser()
     assert parser.prog == f"mlx_mimo {name}"
     unexplained = [a.dest for a in parser._actions if a.option_strings and not a.help and not a.choices]

@@ -2,8 +2,8 @@
 
 import argparse
 import ast
-import importlib
 import re
+import runpy
 import shlex
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mlx_mimo.__main__ import COMMANDS
+from mlx_mimo.__main__ import COMMANDS, module_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -19,7 +19,6 @@ EXAMPLES = ROOT / "examples"
 CARDS = [ROOT / "mlx_mimo" / "demo" / "README.md", EXAMPLES / "demo_model" / "README.md"]
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *CARDS]
 DRAWN = [DOCS / f"{name}.svg" for name in ("record_to_slot", "decode_step", "prefill_waves", "layout")]
-MODULES = {"convert": "mlx_mimo.convert.__main__", "server": "mlx_mimo.server.__main__"}
 SUBCOMMANDS = ("verify", "inspect", "repack", "repair")
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -82,7 +81,7 @@ def known_flags(command: str, sub: str | None) -> set[str]:
     if sub is not None:
         source = (ROOT / "convert" / f"{sub}.py").read_text(encoding="utf-8")
         return set(re.findall(r'"(--[a-z0-9-]+)"', source))
-    return flags_of(importlib.import_module(MODULES.get(command, f"mlx_mimo.{command}")).build_parser())
+    return flags_of(module_of(command).build_parser())
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CLI.md"], ids=name_of)
@@ -169,51 +168,31 @@ def test_a_diagram_is_shown_by_a_page(path):
     assert any(f"({path.name})" in page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
 
 
-# Who may import whom, as docs/layout.svg draws it.
-ARROWS = {
-    "commands": {"commands", "server", "runtime", "experts", "convert", "config", "record"},
-    "server": {"commands", "runtime", "models", "config", "record"},
-    "runtime": {"models", "experts", "cpu", "convert", "config", "record"},
-    "models": {"config"},
-    "experts": {"cpu", "record"},
-    "cpu": {"models", "experts", "record"},
-    "convert": {"config", "record"},
-    "config": set(),
-    "record": set(),
-}
+GRAPH = runpy.run_path(str(DOCS / "import_graph.py"))
 
 
-def part_of(module: str) -> str:
-    names = module.split(".")[1:]
-    if names[:2] == ["models", "config"]:
-        return "config"
-    if names[:2] in (["experts", "record"], ["experts", "header"]):
-        return "record"
-    return names[0] if names and names[0] in ARROWS else "commands"
+def test_imports_go_only_where_an_arrow_is_declared():
+    assert GRAPH["undeclared"]() == []
 
 
-def imports_of(path: Path, module: str) -> set[str]:
-    """Our own modules that a file imports, also inside its functions."""
-    package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            name = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {name} if node.module else {f"{name}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "mlx_mimo"}
+def test_no_circle_ties_rooms_or_files():
+    assert GRAPH["circles"](GRAPH["room_arrows"]()) == []
+    assert GRAPH["circles"](GRAPH["file_arrows"]()) == []
 
 
-def test_imports_go_only_where_the_layout_draws_an_arrow():
-    roots = {"mlx_mimo": ROOT / "mlx_mimo", "mlx_mimo.convert": ROOT / "convert"}
-    free = {"mlx_mimo", "mlx_mimo.errors", "mlx_mimo.__version__"}
-    for package, root in roots.items():
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            module = ".".join([package, *(parts[:-1] if parts[-1] == "__init__" else parts)])
-            part = part_of(module)
-            for target in imports_of(path, module) - free:
-                other = part_of(target)
-                assert other == part or other in ARROWS[part], f"{module} imports {target}: no arrow {part} → {other}"
+def test_the_declared_arrows_run_down_and_are_used():
+    rooms, used = list(GRAPH["ARROWS"]), GRAPH["room_arrows"]()
+    assert set(rooms) == set(used)
+    for place, room in enumerate(rooms):
+        assert GRAPH["ARROWS"][room] <= set(rooms[place + 1 :]), room
+        assert GRAPH["ARROWS"][room] <= used[room], f"{room}: an arrow that no import uses"
+
+
+def test_a_circle_is_found():
+    assert GRAPH["circles"]({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}]
+
+
+def test_imports_within_functions_and_of_folders_are_seen():
+    assert {"runtime.load", "runtime.stream"} <= GRAPH["imports_of"]("generate")
+    assert "cpu.__init__" in GRAPH["imports_of"]("runtime.compute")
+    assert "checkpoint.header" in GRAPH["imports_of"]("convert.source")

@@ -15,17 +15,18 @@ import pytest
 from converted import converted_directory, fp8_directory
 from mlx_lm.utils import load_model, save_model
 
-from mlx_mimo.convert.recipe import named
-from mlx_mimo.cpu import available as cpu_kernels
+from mlx_mimo.checkpoint.recipe import named
+from mlx_mimo.config import released
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.experts.policy import DEFAULT_HALF_LIFE_TOKENS, make_policy
 from mlx_mimo.experts.residents import Residents
 from mlx_mimo.experts.trace import read_trace
-from mlx_mimo.models.config import ModelArgs
-from mlx_mimo.runtime import released
-from mlx_mimo.runtime.budget import GB, estimate
+from mlx_mimo.planning.backend import kernels_available as cpu_kernels
+from mlx_mimo.planning.budget import estimate
+from mlx_mimo.planning.machine import MACS, imagined
 from mlx_mimo.runtime.load import load_tokenizer
-from mlx_mimo.runtime.machine import MACS, imagined
 from mlx_mimo.runtime.source import find
+from mlx_mimo.units import GB
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -19,10 +19,11 @@ from mlx_lm.utils import load_model
 from serving import running_server
 from test_generate import mimo
 
-from mlx_mimo import bridge, load
+from mlx_mimo import load
+from mlx_mimo.bridge import __main__ as bridge
+from mlx_mimo.bridge import model as bridge_file
+from mlx_mimo.checkpoint.header import read_header
 from mlx_mimo.errors import FormatError, MimoError, UsageError
-from mlx_mimo.experts.header import read_header
-from mlx_mimo.runtime import bridge_file
 
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 LORA = {"rank": 4, "scale": 20.0, "dropout": 0.0}

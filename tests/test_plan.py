@@ -10,15 +10,15 @@ import pytest
 from checkpoints import tiny_config
 from converted import converted_directory, fp8_directory, stacked_directory
 
+from mlx_mimo.config import released
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import MimoError, UsageError
 from mlx_mimo.experts import simulate as simulate_module
 from mlx_mimo.experts import trace as trace_module
 from mlx_mimo.experts.trace import TraceWriter
-from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.plan import advice, build_parser, make_plan, plan, subject_of, tokens
-from mlx_mimo.runtime import released
-from mlx_mimo.runtime.forecast import HIT_RATES, forecast, hit_rate
-from mlx_mimo.runtime.machine import CHIP_BANDWIDTH, GIB, MACS, imagined, read_speed, working_set
+from mlx_mimo.planning.forecast import HIT_RATES, forecast, hit_rate
+from mlx_mimo.planning.machine import CHIP_BANDWIDTH, GIB, MACS, imagined, read_speed, working_set
 
 ARGS = ModelArgs.from_dict(released.CONFIG)
 GB = 10**9
@@ -58,7 +58,7 @@ def test_choices_on_seven_machines(gib, disk, bandwidth, recipe, slots, chunk, d
 @pytest.mark.parametrize(("kernels", "slots", "decode"), [(True, 3359, 1.37), (False, 3000, 1.28)])
 def test_choices_on_a_cpu(monkeypatch, kernels, slots, decode):
     """64 GiB, two memory channels, a good SSD. Without the kernels scales and trunk are float32."""
-    monkeypatch.setattr("mlx_mimo.cpu.available", lambda: kernels)
+    monkeypatch.setattr("mlx_mimo.planning.backend.kernels_available", lambda: kernels)
     machine = imagined("cpu", 64 * GIB, 3e9, 40e9, backend="cpu")
     planned = make_plan(subject_of(None, "4bit"), ARGS, 32768, machine)
     assert (planned.forecast.slots, planned.budget.chunk) == (slots, 2048)

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
-from mlx_mimo.experts.record import ALIGNMENT, TENSOR_ORDER, expert_file_name, expert_tensor_name
+from mlx_mimo.checkpoint.record import ALIGNMENT, TENSOR_ORDER, expert_file_name, expert_tensor_name
 
 HIDDEN, INNER, EXPERTS, TOP_K = 64, 32, 16, 4
 NAMES = {mx.uint32: "U32", mx.uint8: "U8", mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}

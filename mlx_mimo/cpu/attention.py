@@ -5,7 +5,7 @@ import numpy as np
 
 from ..errors import MimoError
 from . import blas
-from .modules import host, on_host
+from .host import host, on_host
 
 BLOCK = 256  # queries at a time, so that scores stay small
 

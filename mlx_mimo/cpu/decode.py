@@ -13,7 +13,8 @@ import numpy as np
 
 from ..models.mimo_v2_flash import Attention, DecoderLayer, MoE
 from .attention import attend, check_cache
-from .modules import KernelLinear, KernelRMSNorm, KernelRouter, host, on_host
+from .host import host, on_host
+from .modules import KernelLinear, KernelRMSNorm, KernelRouter
 from .packed import Stack, swiglu
 
 FEW = 32  # rows, tokens times sequences

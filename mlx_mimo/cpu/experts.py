@@ -5,9 +5,9 @@ import weakref
 import mlx.core as mx
 import numpy as np
 
-from ..experts.compute import quantizations
-from ..experts.record import PROJECTIONS, RecordLayout
-from .modules import on_host
+from ..checkpoint.packing import quantizations
+from ..checkpoint.record import PROJECTIONS, RecordLayout
+from .host import on_host
 from .packed import Expert, Packed, experts, format_of
 
 _DTYPES = {"U32": mx.uint32, "U8": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}

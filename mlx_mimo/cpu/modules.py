@@ -1,53 +1,19 @@
 """Modules that stand in for MLX's on the CPU: same parameters, same results in float32, the kernels' speed.
 
-`use_cpu_kernels` swaps them into a loaded model. Each waits for its input, computes on the host and returns a finished
-array, so none of them can take part in grad, vmap or compile: they refuse rather than answer with zeros. Nor can their
-parameters be replaced, as grad does: the kernels read those that the module was made with.
+`adapt.use_cpu_kernels` swaps them into a loaded model. Each waits for its input, computes on the host and returns a
+finished array, so none of them can take part in grad, vmap or compile: they refuse rather than answer with zeros. Nor
+can their parameters be replaced, as grad does: the kernels read those that the module was made with.
 """
-
-from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..errors import MimoError
+from .host import NO_TRANSFORM, host, on_host
 from .packed import Expert, Packed, experts, format_of, matmul
 
-_WHY = "CPU kernels have no {}; load the model with MLX's own operations for that (MLX_MIMO_CPU_KERNELS=0)"
-
-
-def on_host(compute: Callable[..., np.ndarray | list[np.ndarray]]) -> Callable:
-    """A function of arrays from one of as many NumPy arrays; raises MimoError inside a transformation."""
-
-    @mx.custom_function
-    def function(*arrays: mx.array):
-        result = compute(*map(host, arrays))
-        return [mx.array(part) for part in result] if isinstance(result, list) else mx.array(result)
-
-    @function.vjp
-    def _(*_):
-        raise MimoError(_WHY.format("gradient"))
-
-    @function.jvp
-    def _(*_):
-        raise MimoError(_WHY.format("forward derivative"))
-
-    @function.vmap
-    def _(*_):
-        raise MimoError(_WHY.format("vmap"))
-
-    return function
-
-
-def host(x: mx.array) -> np.ndarray:
-    """x as contiguous float32 in host memory, in place where it is that already; waits for it."""
-    try:
-        # No operation of MLX where none is needed: to wait for one takes longer than many a kernel here.
-        return np.ascontiguousarray(x if x.dtype == mx.float32 else x.astype(mx.float32))
-    except ValueError as error:  # "Attempting to eval an array during function transformations"
-        raise MimoError(_WHY.format("compile or vmap")) from error
+_FIXED = NO_TRANSFORM.format("gradient and take no other weights")
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
@@ -82,7 +48,7 @@ class KernelModule(nn.Module):
 
     def __setitem__(self, name: str, value) -> None:
         if isinstance(value, mx.array) and self.get(name, value) is not value:
-            raise MimoError(f"{type(self).__name__}.{name}: " + _WHY.format("gradient and take no other weights"))
+            raise MimoError(f"{type(self).__name__}.{name}: " + _FIXED)
         super().__setitem__(name, value)
 
 
@@ -216,60 +182,3 @@ class KernelRouter(KernelModule):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         indices, weights = self._choose(host(self._function(x)))
         return mx.array(indices), mx.array(weights)
-
-
-def use_cpu_kernels(model: nn.Module) -> nn.Module:
-    """Swaps the modules that the kernels can do better into `model`, in place; what remains becomes float32.
-
-    Quantised weights and their scales stay as they are. Formats without kernels keep MLX's operations in float32.
-    """
-    from ..models.mimo_v2_flash import Attention, Router
-    from .attention import attention
-    from .decode import adopt
-
-    swapped: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        replacement = _replacement(module, Router)
-        if replacement is not None:
-            swapped.append((path, replacement))
-    inside = tuple(f"{path}." for path, _ in swapped)
-    whole = {path for path, _ in swapped}
-    for path, module in model.named_modules():
-        if path not in whole and not path.startswith(inside):
-            _widen(module)
-    for _, module in model.named_modules():
-        if isinstance(module, Attention):
-            module.attend = attention
-    for path, module in swapped:
-        _put(model, path, module)
-    for layer in model.layers:
-        adopt(layer)
-    return model
-
-
-def _replacement(module: nn.Module, router: type) -> nn.Module | None:
-    if isinstance(module, router):
-        return KernelRouter(module)
-    if isinstance(module, (nn.Linear, nn.QuantizedLinear)) and has_kernel(module):
-        return KernelLinear(module)
-    if isinstance(module, nn.RMSNorm):
-        return KernelRMSNorm(module)
-    if isinstance(module, SwitchGLU) and all(has_kernel(module[f"{name}_proj"]) for name in ("gate", "up", "down")):
-        return KernelSwitchGLU(module)
-    if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and has_kernel(module):
-        return KernelEmbedding(module)
-    return None
-
-
-def _widen(module: nn.Module) -> None:
-    """The module's own 16-bit parameters become float32."""
-    for name, value in list(module.items()):
-        if isinstance(value, mx.array) and value.dtype in (mx.bfloat16, mx.float16):
-            module[name] = value.astype(mx.float32)
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, name = path.split(".")
-    for part in parents:
-        model = model[int(part)] if isinstance(model, list) else getattr(model, part)
-    setattr(model, name, module)

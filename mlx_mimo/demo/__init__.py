@@ -1,1 +1,5 @@
-"""The embedded demo checkpoint: a small trained model of the same architecture, in the released format."""
+"""The embedded demo model: a checkpoint in the released format, and its held-out questions."""
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"

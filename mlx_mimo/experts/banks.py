@@ -10,9 +10,9 @@ from math import prod
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoint.record import RecordLayout, RecordTensor
 from ..cpu.pages import make_large
 from ..errors import MimoError
-from .record import RecordLayout, RecordTensor
 
 DTYPES = {
     "U32": mx.uint32,

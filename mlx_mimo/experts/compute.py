@@ -12,7 +12,7 @@ and returns (T, K, hidden). An expert's output must not depend on what else is c
 16-bit floats must lie in the banks as float32.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
@@ -20,8 +20,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.activations import swiglu
 
-from ..errors import FormatError
-from .record import PROJECTIONS, RecordLayout
+from ..checkpoint.packing import quantizations
+from ..checkpoint.record import RecordLayout
 
 
 class Compute(Protocol):
@@ -31,50 +31,7 @@ class Compute(Protocol):
     def __call__(self, x: mx.array, slots, banks: dict[str, mx.array], grouped: bool = False) -> mx.array: ...
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """How a projection's weights are packed, in MLX's words."""
-
-    bits: int
-    group_size: int
-    mode: str
-
-
-def quantizations(layout: RecordLayout, hidden_size: int) -> dict[str, Quantization | None]:
-    """Each projection's packing, read off the record's shapes; None for one that is not quantised.
-
-    Raises FormatError where the shapes fit no packing or not the model.
-    """
-    tensors = {tensor.name: tensor for tensor in layout.tensors}
-    for projection in PROJECTIONS:
-        if f"{projection}.weight" not in tensors:
-            raise FormatError(f"expert record without {projection}.weight; convert the checkpoint again")
-    inner = tensors["gate_proj.weight"].shape[0]
-    found = {}
-    for projection in PROJECTIONS:
-        width, outputs = (inner, hidden_size) if projection == "down_proj" else (hidden_size, inner)
-        weight = tensors[f"{projection}.weight"]
-        scales, biases = tensors.get(f"{projection}.scales"), tensors.get(f"{projection}.biases")
-        packed = _packing(weight, scales, biases, width) if scales else None
-        if len(weight.shape) != 2 or weight.shape[0] != outputs or (not packed and weight.shape[1] != width):
-            raise FormatError(
-                f"expert record: {projection}.weight is {weight.dtype} {list(weight.shape)}, which does not fit "
-                f"{width} inputs and {outputs} outputs; config.json and expert files belong to different models"
-            )
-        found[projection] = packed
-    return found
-
-
-def _packing(weight, scales, biases, width: int) -> Quantization | None:
-    columns, groups = weight.shape[-1] * 32, scales.shape[-1]
-    if weight.dtype != "U32" or columns % width or width % groups:
-        return None
-    bits, group_size = columns // width, width // groups
-    if biases:
-        valid = bits in (2, 3, 4, 5, 6, 8) and group_size in (32, 64, 128)
-        return Quantization(bits, group_size, "affine") if valid else None
-    mode = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}.get((bits, group_size))
-    return Quantization(bits, group_size, mode) if mode else None
+ComputeFor = Callable[[RecordLayout, int], Compute]  # (layout of a record, hidden size)
 
 
 class MLXCompute:
@@ -146,17 +103,3 @@ class MLXCompute:
             bits=packing.bits,
             mode=packing.mode,
         )
-
-
-def choose_compute(layout: RecordLayout, hidden_size: int) -> Compute:
-    """The strategy for this device and format: the one place where it is decided."""
-    if mx.default_device() == mx.cpu:
-        from .. import cpu
-
-        if cpu.available():
-            from ..cpu.experts import KernelCompute
-
-            if KernelCompute.takes(layout, hidden_size):
-                return KernelCompute(layout, hidden_size)
-        cpu.note_if_missing()
-    return MLXCompute(layout, hidden_size)

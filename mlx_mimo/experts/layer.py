@@ -12,12 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checkpoint.record import ExpertFile
 from ..errors import MimoError
 from .banks import Banks, host_bytes
 from .compute import Compute
 from .pool import Pool
 from .reader import ExpertReader
-from .record import ExpertFile
 from .residents import SORTED_PAIRS, Need
 
 ENOUGH_WAITING = 0.5  # share of the reading time in which computing hits holds nobody up; docs/RESIDENCY.md

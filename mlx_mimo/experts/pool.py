@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoint.record import ExpertFile, RecordLayout
 from ..errors import MimoError
 from .banks import Banks
 from .policy import DEFAULT_HALF_LIFE_TOKENS, make_policy
 from .reader import Batch, ExpertReader, Request
-from .record import ExpertFile, RecordLayout
 from .residents import Compute, Need, Read, Residents
 
 PRELOAD_EXPERTS = 32  # read between two looks at the progress callback

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.record import ExpertFile
 from ..errors import MimoError
-from .record import ExpertFile
 
 FORMAT = "mlx-mimo expert profile"
 VERSION = 1

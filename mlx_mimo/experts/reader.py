@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ..checkpoint.record import ExpertFile
 from ..errors import MimoError
-from .record import ExpertFile
 
 INLINE_BYTES = 256 * 1024  # less than this is read by the caller: waking a thread costs more than the read
 MEMORY = 1 / 8  # weight of the latest batch in `ExpertReader.waiting`

@@ -13,15 +13,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checkpoint.record import ExpertFile, expert_files
 from ..errors import FormatError, MimoError
 from .banks import host_writable, most_slots, slot_bytes
-from .compute import choose_compute
+from .compute import ComputeFor, MLXCompute
 from .layer import Ahead, ResidentSwitchGLU, StreamedSwitchGLU
 from .policy import DEFAULT_HALF_LIFE_TOKENS
 from .pool import Counters, Pool, divide, group_by_shape
 from .profile import Profile, fingerprint, load_profile, save_profile
 from .reader import ExpertReader
-from .record import ExpertFile, expert_files
 from .trace import TraceWriter
 
 
@@ -41,6 +41,7 @@ def attach(
     lookahead: bool = False,
     split: bool | None = None,
     in_place: bool | None = None,
+    compute_for: ComputeFor = MLXCompute,
 ) -> "Residency":
     """Gives every MoE layer of `model` its experts from the expert files in `directory`.
 
@@ -48,14 +49,16 @@ def attach(
     enough for all, every expert is read now and stays. `split` computes hits while misses are read; None decides: on a
     GPU never, since computing in two pieces costs a wait for the device, and elsewhere while reads wait for the disk.
     `lookahead` reads ahead what the next layer's router would choose, `in_place` overrides the check whether the host
-    can write into the device's arrays. Raises FormatError when files and model do not belong together.
+    can write into the device's arrays, `compute_for` chooses how the experts of a layout are computed.
+
+    Raises FormatError when files and model do not belong together.
     """
     files = expert_files(directory)
     layers = _moe_layers(model)
     _check(Path(directory), files, layers)
     hidden_size = model.args.hidden_size
     groups = group_by_shape(files)
-    computes = [choose_compute(next(iter(group.values())).layout, hidden_size) for group in groups]
+    computes = [compute_for(next(iter(group.values())).layout, hidden_size) for group in groups]
     experts = [sum(file.num_experts for file in group.values()) for group in groups]
     sizes = [slot_bytes(_layout(group), compute.widen) for group, compute in zip(groups, computes)]
     total = sum(size * count for size, count in zip(sizes, experts))

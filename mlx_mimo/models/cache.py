@@ -10,8 +10,8 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import BatchRotatingKVCache, KVCache, _BaseCache
 
+from ..config.model_args import SLACK, ModelArgs
 from ..errors import MimoError
-from .config import SLACK, ModelArgs
 
 
 def make_cache(args: ModelArgs) -> list:

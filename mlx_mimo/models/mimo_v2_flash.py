@@ -12,9 +12,9 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from ..config.model_args import ModelArgs
 from ..errors import FormatError
 from .cache import make_cache
-from .config import ModelArgs
 from .precision import float32_matmul
 
 _EXPERT_TENSOR = re.compile(r"(model\.layers\.\d+\.mlp)\.experts\.(\d+)\.((?:gate|up|down)_proj\.\w+)")

@@ -6,17 +6,21 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cpu import adapt
+from ..checkpoint.directory import Directory
+from ..checkpoint.header import read_header
+from ..checkpoint.record import expert_files
+from ..config.model_args import ModelArgs
+from ..cpu.adapt import adapt
 from ..errors import FormatError, MimoError, UsageError
-from ..experts.header import read_header
-from ..experts.record import expert_files
 from ..experts.residency import Residency, attach
-from ..models.config import ModelArgs
 from ..models.mimo_v2_flash import Model
+from ..planning.budget import CHUNK, Fit, fit, item_bytes, measure, usual_context
+from ..planning.memory import available_memory
+from ..units import parse_size
 from .adapters import check_adapter, put_adapter
-from .budget import CHUNK, Fit, available_memory, fit, item_bytes, measure, parse_size, usual_context
+from .compute import choose_compute
 from .sampling import generation_defaults
-from .source import Directory, find
+from .source import find
 
 MOST_READER_THREADS = 64
 CACHE_LIMIT_BYTES = 2 * 10**9  # of freed buffers that MLX keeps on a GPU; its default is nearly all memory
@@ -77,6 +81,7 @@ def load(
             directory.path,
             expert_memory_bytes=None if expert_memory == "all" else found.expert_bytes,
             policy=expert_policy,
+            compute_for=choose_compute,
             reader_threads=reader_threads,
             lookahead=lookahead,
         )

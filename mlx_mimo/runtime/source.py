@@ -2,43 +2,12 @@
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FormatError, MimoError, UsageError
-from .budget import format_size
-
-DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
-
-
-@dataclass(frozen=True)
-class Directory:
-    path: Path
-    config: dict
-
-    @property
-    def is_fp8(self) -> bool:
-        """A checkpoint as Hugging Face has it, which must be converted first."""
-        quantization = self.config.get("quantization_config")
-        return (
-            "quantization" not in self.config
-            and isinstance(quantization, dict)
-            and quantization.get("quant_method") == "fp8"
-        )
-
-
-def read_config(path: Path) -> dict:
-    """config.json of a directory. Raises FormatError naming it."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(f"config.json: not found in {path}; a model directory expected") from None
-    except (OSError, ValueError) as error:
-        raise FormatError(f"config.json: cannot be read ({error}); convert or fetch {path} again") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"config.json: a JSON object expected in {path}")
-    return config
+from ..checkpoint.directory import Directory, read_config
+from ..demo import CHECKPOINT
+from ..errors import MimoError, UsageError
+from ..units import format_size
 
 
 def find(model: str | Path | None) -> Directory:
@@ -50,7 +19,7 @@ def find(model: str | Path | None) -> Directory:
     path = demo_directory() if model is None else _local(model)
     directory = Directory(path, read_config(path))
     if directory.is_fp8:
-        from ..models.config import ModelArgs
+        from ..config.model_args import ModelArgs
 
         ModelArgs.from_dict(directory.config)  # another model is refused by its name, not offered for conversion
         target = _convert_beside(directory)
@@ -68,12 +37,12 @@ def demo_directory() -> Path:
 
     import platformdirs
 
-    if not (DEMO / "config.json").exists():
-        raise MimoError(f"the demo checkpoint is missing from this installation ({DEMO}); install mlx-mimo again")
+    if not (CHECKPOINT / "config.json").exists():
+        raise MimoError(f"the demo checkpoint is missing from this installation ({CHECKPOINT}); install mlx-mimo again")
     from .. import __version__
 
     digest = hashlib.sha256(__version__.encode())
-    for file in sorted(DEMO.iterdir()):
+    for file in sorted(CHECKPOINT.iterdir()):
         if file.is_file():
             digest.update(file.name.encode() + file.read_bytes())
     cache = Path(platformdirs.user_cache_dir("mlx-mimo", appauthor=False))
@@ -85,7 +54,7 @@ def demo_directory() -> Path:
         with FileLock(cache / "demo.lock"):
             if not (target / "config.json").exists():
                 print(f"converting the demo model, once, into {target}", file=sys.stderr)
-                _convert(DEMO, target)
+                _convert(CHECKPOINT, target)
     return target
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..errors import UsageError
-from .budget import CHUNK
+from ..planning.budget import CHUNK
 
 
 @dataclass

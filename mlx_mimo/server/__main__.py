@@ -20,7 +20,7 @@ from ..arguments import (
     run,
 )
 from ..errors import MimoError, UsageError
-from ..runtime.budget import parse_size
+from ..units import parse_size
 from .access import host_name, is_loopback, page_origin
 
 

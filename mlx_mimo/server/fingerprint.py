@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import __version__
-from ..models.config import ModelArgs
-from ..runtime.source import read_config
+from ..checkpoint.directory import read_config
+from ..config.model_args import ModelArgs
 
 MANIFEST = "mlx_mimo.json"
 

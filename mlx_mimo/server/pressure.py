@@ -4,7 +4,8 @@ import logging
 import threading
 from collections.abc import Callable
 
-from ..runtime.budget import available_memory, format_size
+from ..planning.memory import available_memory
+from ..units import format_size
 from .worker import Worker
 
 SECONDS = 2.0  # between two looks

@@ -9,10 +9,10 @@ import pytest
 from converted import converted_directory, fp8_directory
 from damage import copy, edit, load_all
 
+from mlx_mimo.checkpoint.record import ALIGNMENT, expert_files
 from mlx_mimo.convert import convert_checkpoint
 from mlx_mimo.convert.__main__ import main
 from mlx_mimo.convert.quantise import bfloat16
-from mlx_mimo.experts.record import ALIGNMENT, expert_files
 
 
 def stored_value(tensors: dict, name: str, quantization: dict) -> np.ndarray:

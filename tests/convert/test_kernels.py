@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_mimo.checkpoint.recipe import Quantisation
 from mlx_mimo.convert import fp8, quantise
-from mlx_mimo.convert.recipe import Quantisation
 
 pytest.importorskip("numba")
 

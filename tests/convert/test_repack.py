@@ -8,13 +8,13 @@ import pytest
 from converted import converted_directory, fp8_directory
 from damage import copy, load_all
 
-from mlx_mimo import bridge
+from mlx_mimo.bridge import __main__ as bridge
+from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.convert import writer
 from mlx_mimo.convert.__main__ import main
 from mlx_mimo.convert.repack import STATE, repack
 from mlx_mimo.convert.verify import verify
 from mlx_mimo.errors import MimoError, UsageError
-from mlx_mimo.experts.record import expert_files
 
 
 class Stop(Exception):

@@ -7,7 +7,7 @@ import pytest
 from converted import converted_directory, fp8_directory
 from damage import copy, edit, edit_json
 
-from mlx_mimo import bridge
+from mlx_mimo.bridge import __main__ as bridge
 from mlx_mimo.convert import convert_checkpoint
 from mlx_mimo.convert.__main__ import main
 from mlx_mimo.convert.inspect import describe

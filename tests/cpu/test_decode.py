@@ -13,11 +13,11 @@ pytest.importorskip("numba")
 from checkpoints import tiny_config
 from mlx_lm.models.cache import KVCache
 
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.cpu import decode
+from mlx_mimo.cpu.adapt import use_cpu_kernels
 from mlx_mimo.cpu.decode import FEW, HostDecoderLayer, angles, rotated
-from mlx_mimo.cpu.modules import use_cpu_kernels
 from mlx_mimo.errors import MimoError
-from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.models.mimo_v2_flash import DecoderLayer, Model
 
 

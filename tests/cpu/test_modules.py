@@ -17,12 +17,12 @@ from converted import converted_directory
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_mimo import cpu, load
+from mlx_mimo.checkpoint.record import TENSOR_ORDER, RecordLayout
 from mlx_mimo.cpu import kernels
 from mlx_mimo.cpu.experts import KernelCompute
 from mlx_mimo.cpu.modules import KernelEmbedding, KernelLinear, KernelRouter, KernelSwitchGLU, has_kernel
 from mlx_mimo.errors import MimoError
 from mlx_mimo.experts.compute import MLXCompute
-from mlx_mimo.experts.record import TENSOR_ORDER, RecordLayout
 
 
 def close(got: mx.array, want: mx.array, tolerance: float = 1e-5) -> bool:
@@ -87,7 +87,7 @@ def test_stacked_experts_equal_mlx(tokens):
 
 
 def test_router_equals_the_models():
-    from mlx_mimo.models.config import ModelArgs
+    from mlx_mimo.config.model_args import ModelArgs
     from mlx_mimo.models.mimo_v2_flash import Router
 
     router = Router(ModelArgs.from_dict(tiny_config()))

@@ -8,9 +8,9 @@ import pytest
 from pool_cases import LAYERS, Disk
 from tiny_experts import random_experts, write_expert_file
 
+from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.experts.pool import Pool
 from mlx_mimo.experts.reader import ExpertReader
-from mlx_mimo.experts.record import expert_files
 
 
 @pytest.fixture(params=["threads", "inline"])

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tiny_experts import random_experts, write_expert_file
 
+from mlx_mimo.checkpoint.record import RecordTensor, open_expert_file
 from mlx_mimo.errors import MimoError
 from mlx_mimo.experts.banks import Banks, host_writable, memory_dtype, slot_bytes
-from mlx_mimo.experts.record import RecordTensor, open_expert_file
 
 FORMS = ["affine4", "affine3", "mxfp4", "bf16", "f16", "f32"]
 

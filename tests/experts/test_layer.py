@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from tiny_experts import EXPERTS, HIDDEN, TOP_K, random_experts, reference_glu, write_expert_file
 
+from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.experts.compute import MLXCompute
 from mlx_mimo.experts.layer import ResidentSwitchGLU, StreamedSwitchGLU
 from mlx_mimo.experts.pool import Pool
 from mlx_mimo.experts.reader import ExpertReader
-from mlx_mimo.experts.record import expert_files
 
 FORMS = ["affine4", "affine3", "mxfp4", "bf16", "f16", "f32"]
 SHAPES = [(1, 1), (4, 1), (1, 5), (2, 9), (1, 1), (1, 30)]  # decode, batch, few tokens, prefill

@@ -10,10 +10,10 @@ import pytest
 from pool_cases import assert_consistent, need, serve
 from tiny_experts import EXPERTS, random_experts, write_expert_file
 
+from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.errors import MimoError
 from mlx_mimo.experts.pool import Counters, Pool, divide, group_by_shape
 from mlx_mimo.experts.reader import ExpertReader
-from mlx_mimo.experts.record import expert_files
 
 pytestmark = pytest.mark.usefixtures("where_reads_run")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tiny_experts import EXPERTS, random_experts, write_expert_file
 
+from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.errors import MimoError
 from mlx_mimo.experts.profile import Profile, fingerprint, load_profile, save_profile
-from mlx_mimo.experts.record import expert_files
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import threading
 import warnings
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -10,9 +11,13 @@ import pytest
 from tiny_experts import EXPERTS, TOP_K, random_experts, tiny_model, write_expert_file
 
 from mlx_mimo.errors import FormatError, MimoError
+from mlx_mimo.experts import residency as residency_module
 from mlx_mimo.experts.layer import ResidentSwitchGLU, StreamedSwitchGLU
-from mlx_mimo.experts.residency import ResidencyWarning, attach
+from mlx_mimo.experts.residency import ResidencyWarning
 from mlx_mimo.experts.trace import read_trace
+from mlx_mimo.runtime.compute import choose_compute
+
+attach = partial(residency_module.attach, compute_for=choose_compute)
 
 LAYERS = 3
 ALL, DEMAND = LAYERS * EXPERTS, LAYERS * TOP_K

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -10,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_experts import tiny_model
 
-from mlx_mimo.experts.residency import attach
+from mlx_mimo.experts import residency as residency_module
 from mlx_mimo.experts.simulate import REPLAY_POLICIES, shuffled, simulate
 from mlx_mimo.experts.trace import Call, Trace, read_trace
+from mlx_mimo.runtime.compute import choose_compute
+
+attach = partial(residency_module.attach, compute_for=choose_compute)
 
 
 def trace_of(*experts, num_experts=6, layers=(1,)) -> Trace:

@@ -9,7 +9,7 @@ import checkpoints
 import mlx.core as mx
 import numpy as np
 
-from mlx_mimo.models.config import ModelArgs
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.models.mimo_v2_flash import Model
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import mimo_v2_flash as stock
 from models.model_cases import CASES, TOLERANCE, difference, mlx_model, run
 
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import FormatError
-from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.models.mimo_v2_flash import Model, Router
 
 ALL_CASES = pytest.mark.parametrize("name", CASES)

@@ -13,8 +13,10 @@ import pytest
 from converted import converted_directory, fp8_directory
 from mlx_lm.generate import BatchGenerator
 
-from mlx_mimo import bench, compare, load, stream_generate
+from mlx_mimo import load, stream_generate
 from mlx_mimo.arguments import load_options
+from mlx_mimo.bench import __main__ as bench
+from mlx_mimo.compare import __main__ as compare
 from mlx_mimo.errors import FormatError, MimoError, UsageError
 from mlx_mimo.generate import build_parser
 

@@ -11,10 +11,10 @@ from cached import PAST, computed, continues, tiny_model
 from safetensors.numpy import save_file
 from serving import running_server
 
+from mlx_mimo.checkpoint.directory import read_config
+from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import FormatError, UsageError
-from mlx_mimo.models.config import ModelArgs
 from mlx_mimo.models.mimo_v2_flash import Model
-from mlx_mimo.runtime.source import read_config
 from mlx_mimo.server.__main__ import build_parser, complete
 from mlx_mimo.server.fingerprint import fingerprint
 from mlx_mimo.server.prompt_cache import PromptCache

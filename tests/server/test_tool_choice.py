@@ -7,8 +7,8 @@ import openai
 import pytest
 from llguidance import LLMatcher
 
+from mlx_mimo.checkpoint.directory import Directory, read_config
 from mlx_mimo.runtime.load import load_tokenizer
-from mlx_mimo.runtime.source import Directory, read_config
 from mlx_mimo.server import grammar, tool_choice
 from mlx_mimo.server.errors import RequestError
 

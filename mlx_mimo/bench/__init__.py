@@ -1,0 +1,1 @@
+"""`mlx_mimo bench`: times prefill and decode, also beside mlx-lm."""

@@ -1,0 +1,139 @@
+"""One timed run: a prompt at some depth of context, then tokens that are given, so that every run computes the same.
+
+The tokens that follow are not the model's choice but the next ones of the same text: another program, or another
+budget, is then timed on the very same work, and a random model does not fall into a loop.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+import mlx.core as mx
+
+from ..runtime.stream import generate_step, prefill, prefill_chunk
+
+
+@dataclass(frozen=True)
+class Case:
+    """`depth` tokens are in the caches before the clock starts."""
+
+    prompt_tokens: int
+    depth: int
+    generation_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.depth + self.prompt_tokens + self.generation_tokens
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds, and what residency did, of one run. Prefill ends with the first token. `read_s` is the time in which at
+    least one read was running, `wait_s` the part of it in which the model stood still."""
+
+    prefill_s: float
+    decode_s: float
+    prefill_hits: int = 0
+    prefill_misses: int = 0
+    prefill_bytes: int = 0
+    prefill_read_s: float = 0.0
+    prefill_wait_s: float = 0.0
+    decode_hits: int = 0
+    decode_misses: int = 0
+    decode_bytes: int = 0
+    decode_read_s: float = 0.0
+    decode_wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(median(values), min(values), max(values))
+
+
+def forced(tokens: Sequence[int]) -> Iterator:
+    """A sampler that gives `tokens` one after another, whatever the model would say."""
+    following = iter([*tokens, tokens[-1], tokens[-1]])  # mlx-lm asks one step ahead
+    return lambda logprobs: mx.array([next(following)])
+
+
+class Waiting:
+    """Seconds that the model's own thread spends on reads: it reads itself, or has nothing to do until others have."""
+
+    def __init__(self, reader):
+        self.reader = reader
+        self.seconds = 0.0
+
+    def __enter__(self) -> "Waiting":
+        if self.reader is not None:
+            self.reader.submit = self._submit
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.reader is not None:
+            del self.reader.submit
+
+    def _submit(self, requests, background: bool = False):
+        batch = self._timed(type(self.reader).submit)(self.reader, requests, background)
+        batch.wait = self._timed(batch.wait)
+        return batch
+
+    def _timed(self, function):
+        def timed(*arguments):
+            began = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+def run_case(model, case: Case, tokens: Sequence[int]) -> Sample:
+    """Times a case on the first `case.tokens` of `tokens`."""
+    past, prompt, following = split(case, tokens)
+    cache = model.make_cache()
+    if past:
+        prefill(model, mx.array([*past, 0]), cache, prefill_chunk(model), lambda *_: None)
+    residency = getattr(model, "residency", None)
+    with Waiting(residency.reader if residency else None) as waiting:
+        counters = [_counters(residency, waiting)]
+        began = time.perf_counter()
+        steps = generate_step(
+            mx.array(prompt),
+            model,
+            max_tokens=case.generation_tokens,
+            sampler=forced(following),
+            prompt_cache=cache,
+        )
+        first = 0.0
+        for _ in steps:
+            if not first:
+                first = time.perf_counter()
+                counters.append(_counters(residency, waiting))
+        end = time.perf_counter()
+        counters.append(_counters(residency, waiting))
+    in_prefill, in_decode = ([after - before for before, after in zip(*pair)] for pair in pairwise(counters))
+    return Sample(first - began, end - first, *in_prefill, *in_decode)
+
+
+def split(case: Case, tokens: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """(what is in the caches before, the prompt, what follows)"""
+    if len(tokens) < case.tokens:
+        raise ValueError(f"{len(tokens)} tokens, {case.tokens} needed")
+    start, end = case.depth, case.depth + case.prompt_tokens
+    return list(tokens[:start]), list(tokens[start:end]), list(tokens[end : case.tokens])
+
+
+def _counters(residency, waiting: Waiting) -> tuple[int, int, int, float, float]:
+    if residency is None:
+        return 0, 0, 0, 0.0, 0.0
+    found = residency.counters
+    return found.hits, found.misses, found.bytes_read, found.read_seconds, waiting.seconds

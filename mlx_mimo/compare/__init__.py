@@ -1,0 +1,1 @@
+"""`mlx_mimo compare`: how far two directories' predictions are apart."""

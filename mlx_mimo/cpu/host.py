@@ -1,0 +1,42 @@
+"""Functions of MLX arrays that compute in NumPy on the host."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import MimoError
+
+NO_TRANSFORM = "CPU kernels have no {}; load the model with MLX's own operations for that (MLX_MIMO_CPU_KERNELS=0)"
+
+
+def on_host(compute: Callable[..., np.ndarray | list[np.ndarray]]) -> Callable:
+    """A function of arrays from one of as many NumPy arrays; raises MimoError inside a transformation."""
+
+    @mx.custom_function
+    def function(*arrays: mx.array):
+        result = compute(*map(host, arrays))
+        return [mx.array(part) for part in result] if isinstance(result, list) else mx.array(result)
+
+    @function.vjp
+    def _(*_):
+        raise MimoError(NO_TRANSFORM.format("gradient"))
+
+    @function.jvp
+    def _(*_):
+        raise MimoError(NO_TRANSFORM.format("forward derivative"))
+
+    @function.vmap
+    def _(*_):
+        raise MimoError(NO_TRANSFORM.format("vmap"))
+
+    return function
+
+
+def host(x: mx.array) -> np.ndarray:
+    """x as contiguous float32 in host memory, in place where it is that already; waits for it."""
+    try:
+        # No operation of MLX where none is needed: to wait for one takes longer than many a kernel here.
+        return np.ascontiguousarray(x if x.dtype == mx.float32 else x.astype(mx.float32))
+    except ValueError as error:  # "Attempting to eval an array during function transformations"
+        raise MimoError(NO_TRANSFORM.format("compile or vmap")) from error

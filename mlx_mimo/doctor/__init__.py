@@ -1,0 +1,1 @@
+"""`mlx_mimo doctor`: checks of the machine and of a model directory."""

@@ -1,0 +1,40 @@
+"""What this installation computes on: Metal, CUDA, or the CPU with or without our kernels.
+
+MLX is imported only on a Mac or where its CUDA build is installed.
+"""
+
+import importlib.util
+import os
+import platform
+import sys
+
+
+def backend_and_limits() -> tuple[str, dict]:
+    """("metal", MLX's device information) on a Mac; ("cpu", {}) or ("cuda", …) elsewhere."""
+    if platform.system() != "Darwin" and not _cuda_wheel():
+        return "cpu", {}
+    import mlx.core as mx
+
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu", {}
+    return ("metal" if mx.metal.is_available() else "cuda"), mx.device_info()
+
+
+def _cuda_wheel() -> bool:
+    # By the folders' names: importlib.metadata would read a file of every package that is installed.
+    return any(
+        name.startswith("mlx_cuda") and name.endswith("-info")
+        for path in sys.path
+        if os.path.isdir(path)
+        for name in os.listdir(path)
+    )
+
+
+def kernels_available() -> bool:
+    """Whether the kernels can be used. MLX_MIMO_CPU_KERNELS=0 turns them off, for gradients or a comparison."""
+    return os.environ.get("MLX_MIMO_CPU_KERNELS") != "0" and kernels_installed()
+
+
+def kernels_installed() -> bool:
+    """Whether the packages that the CPU kernels need are there."""
+    return all(importlib.util.find_spec(name) is not None for name in ("numba", "threadpoolctl"))

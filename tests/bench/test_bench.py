@@ -1,0 +1,369 @@
+"""bench: what it reports, that a limit limits, its peer, its refusals, and the synthetic model."""
+
+import json
+import os
+import platform
+import re
+import threading
+import time
+from itertools import chain
+
+import mlx.core as mx
+import mlx.nn as nn
+import psutil
+import pytest
+from converted import converted_directory
+
+from mlx_mimo import load
+from mlx_mimo.bench import __main__ as bench_module
+from mlx_mimo.bench import timing
+from mlx_mimo.bench.__main__ import bench, build_parser
+from mlx_mimo.bench.peer import bytes_in_memory, load_peer
+from mlx_mimo.bench.report import machine_line
+from mlx_mimo.bench.synthetic import parameters, synthetic_config, write_synthetic
+from mlx_mimo.bench.throttle import Throttle
+from mlx_mimo.bench.timing import Case, Spread, forced, run_case, split
+from mlx_mimo.checkpoint.recipe import named
+from mlx_mimo.config.model_args import ModelArgs
+from mlx_mimo.errors import MimoError, UsageError
+from mlx_mimo.planning.budget import estimate, measure
+from mlx_mimo.units import format_size
+
+SHORT = ("--prompt-tokens", "8", "--generation-tokens", "4", "--repeats", "2", "--warmup", "0")
+
+
+def run_bench(capsys, *arguments) -> dict:
+    assert bench(build_parser().parse_args([*map(str, arguments), "--json"])) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_row_for_every_combination(tmp_path, capsys):
+    report = run_bench(
+        capsys, "--model", converted_directory(), *SHORT, "--context", "0,40", "--expert-memory", "25%,all",
+        "--output", tmp_path / "bench.json", "--plot", tmp_path / "bench.png",
+    )  # fmt: skip
+    assert report["schema_version"] == 1
+    assert [(row["expert_memory"], row["context"]) for row in report["rows"]] == [
+        ("25%", 0),
+        ("25%", 40),
+        ("all", 0),
+        ("all", 40),
+    ]
+    streamed, resident = report["rows"][0], report["rows"][2]
+    assert streamed["slots"] == 6
+    assert streamed["resident"] == 0.25
+    assert 0 <= streamed["decode_hit_rate"] < 1
+    assert streamed["disk_bytes_per_token"] > 0
+    assert 0 < streamed["decode_read_share"] <= 1
+    assert resident["decode_hit_rate"] is None
+    for row in report["rows"]:
+        assert len(row["samples"]) == 2
+        for what in ("prefill_tps", "decode_tps"):
+            assert 0 < row[what]["least"] <= row[what]["median"] <= row[what]["most"]
+    assert json.loads((tmp_path / "bench.json").read_text()) == report
+    assert (tmp_path / "bench.png").stat().st_size > 5000
+
+
+def test_figures_follow_from_the_samples(capsys):
+    row = run_bench(capsys, "--model", converted_directory(), *SHORT, "--expert-memory", "25%")["rows"][0]
+    speeds = sorted(3 / sample["decode_s"] for sample in row["samples"])
+    assert row["decode_tps"] == {"median": sum(speeds) / 2, "least": speeds[0], "most": speeds[1]}
+    hits, misses = (sum(s[name] for s in row["samples"]) for name in ("decode_hits", "decode_misses"))
+    assert hits + misses == 2 * 3 * 3 * 2  # repeats, tokens, MoE layers, experts a token
+    assert row["decode_hit_rate"] == hits / (hits + misses)
+
+
+def test_a_disk_limit_holds_reads_back():
+    throttle, size = Throttle(20e6), 1 << 20
+    handle = os.open("/dev/zero", os.O_RDONLY)
+    try:
+        began = time.perf_counter()
+        for _ in range(3):
+            assert throttle(handle, [memoryview(bytearray(size))], 0) == size
+        assert time.perf_counter() - began >= 3 * size / 20e6
+    finally:
+        os.close(handle)
+
+
+def test_threads_together_stay_under_a_disk_limit():
+    """Eight readers at once get the speed of one."""
+    throttle, size, each = Throttle(40e6), 1 << 18, 3
+    handle = os.open("/dev/zero", os.O_RDONLY)
+    ends = []
+
+    def read():
+        for _ in range(each):
+            throttle(handle, [memoryview(bytearray(size))], 0)
+            ends.append(time.perf_counter())
+
+    workers = [threading.Thread(target=read) for _ in range(8)]
+    began = time.perf_counter()
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        os.close(handle)
+    assert len(ends) == 8 * each
+    for done, end in enumerate(sorted(ends), 1):
+        assert end - began >= done * size / 40e6, "at no moment was more read than the limit allows"
+
+
+@pytest.mark.filterwarnings("ignore:expert memory")
+def test_the_limit_shows_in_the_figures(capsys):
+    arguments = ("--model", converted_directory(), *SHORT, "--expert-memory", "10%")
+    row = run_bench(capsys, *arguments, "--disk-limit", "300kB/s")["rows"][0]
+    assert row["disk_bytes_per_token"] * row["decode_tps"]["most"] <= 300e3 * 1.05
+    assert row["decode_read_share"] > 0.3
+    assert 0.3 < row["decode_wait_share"] <= 1
+
+
+def test_waiting_is_the_time_that_the_models_thread_spends_on_reads():
+    """A batch in the background costs nothing until somebody waits for it."""
+    model, _ = load(converted_directory(), expert_memory=200_000)
+    reader = model.residency.reader
+    reader._preadv = lambda *arguments: (time.sleep(0.1), os.preadv(*arguments))[1]
+    layer, file = next(iter(reader.files.items()))
+    request = (layer, 0, [memoryview(bytearray(file.layout.nbytes))])
+    with timing.Waiting(reader) as waiting:
+        batch = reader.submit([request], background=True)
+        assert waiting.seconds < 0.05
+        while not batch.done:
+            time.sleep(0.01)
+        batch.wait()
+        assert waiting.seconds < 0.05
+        reader.submit([request], background=True).wait()
+        assert 0.09 < waiting.seconds < 0.3
+        reader.submit([request])
+        assert waiting.seconds > 0.19
+    spent = waiting.seconds
+    reader.submit([request])
+    assert waiting.seconds == spent, "only while it is asked to"
+    model.residency.close()
+
+
+def test_a_limit_on_what_is_never_read_is_refused(capsys):
+    with pytest.raises(UsageError, match="nothing is read"):
+        run_bench(capsys, "--model", converted_directory(), *SHORT, "--expert-memory", "all", "--disk-limit", "1GB/s")
+
+
+@pytest.mark.filterwarnings("ignore:expert memory")
+def test_given_tokens_are_what_the_model_runs_on():
+    """Two runs over the same tokens need the same experts, whatever the model itself would have said."""
+    model, _ = load(converted_directory(), expert_memory=1)
+    case = Case(prompt_tokens=5, depth=3, generation_tokens=4)
+    tokens = list(range(20))
+    samples = [run_case(model, case, tokens) for _ in range(2)]
+    model.residency.close()
+    assert samples[0].decode_misses == samples[1].decode_misses == 3 * 3 * 2
+    assert samples[0].decode_bytes == samples[1].decode_bytes > 0
+    assert split(case, tokens) == ([0, 1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11])
+    sampler = forced([7, 9])
+    assert [sampler(None).item() for _ in range(3)] == [7, 9, 9]
+
+
+def test_median_least_and_most():
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+
+
+def test_the_peer_runs_beside_us_on_the_same_tokens(capsys):
+    report = run_bench(capsys, "--model", converted_directory(), *SHORT, "--against", "mlx-lm", "--repeats", 1)
+    assert [(row["system"], row["resident"]) for row in report["rows"]] == [("mlx-mimo", 1.0), ("mlx-lm", 1.0)]
+    assert all(row["decode_tps"]["median"] > 0 for row in report["rows"])
+    assert report["rows"][1]["decode_wait_share"] is None
+
+
+def test_a_second_copy_that_does_not_fit_is_refused(capsys, monkeypatch):
+    directory = converted_directory()
+    theirs = bytes_in_memory(directory, 4)
+    model = load_peer(directory)
+    held = sum(value.nbytes for _, value in nn.utils.tree_flatten(model.parameters()))
+    assert theirs == held
+    monkeypatch.setattr("mlx_mimo.planning.memory.available_memory", lambda *_: int(1.5 * theirs))
+    started = []
+    monkeypatch.setattr(bench_module, "Peer", lambda *_: started.append(1))
+    with pytest.raises(MimoError, match=r"whole model in mlx-lm takes 2\.1 MB and ours beside it \S+ MB; .* are free"):
+        run_bench(capsys, "--model", directory, *SHORT, "--against", "mlx-lm", "--expert-memory", "all")
+    assert not started
+
+
+class FakePeer:
+    """Remembers the tokens it is given."""
+
+    seen: list
+
+    def __init__(self, directory):
+        FakePeer.seen = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def run(self, case, tokens):
+        FakePeer.seen.append(tuple(tokens[: case.tokens]))
+        return timing.Sample(1.0, 1.0)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_each_repeat_has_tokens_of_its_own_and_all_else_is_equal(tmp_path, capsys, monkeypatch, text):
+    """Of random tokens and of a text: a repeated prompt would find its experts resident."""
+    ours = []
+
+    def run_case(model, case, tokens):
+        ours.append(tuple(tokens[: case.tokens]))
+        return timing.Sample(1.0, 1.0)
+
+    monkeypatch.setattr(timing, "run_case", run_case)
+    monkeypatch.setattr(bench_module, "Peer", FakePeer)
+    file = tmp_path / "text.txt"
+    file.write_text("".join(map(chr, chain(range(32, 127), range(126, 31, -1)))))
+    arguments = ["--prompt-tokens", "8,12", "--generation-tokens", 4, "--repeats", 2, "--warmup", 1]
+    arguments += ["--model", converted_directory(), "--against", "mlx-lm", "--expert-memory", "50%,all"]
+    run_bench(capsys, *arguments, *(["--text", file] if text else []))
+    assert [len(tokens) for tokens in ours] == 2 * (3 * [12] + 3 * [16])
+    assert ours[:6] == ours[6:], "both expert memories"
+    assert ours == FakePeer.seen, "both systems"
+    starts = {tokens[i : i + 4] for tokens in ours[:6] for i in range(0, 12, 4)}
+    assert len(starts) == 18, "no piece comes twice"
+
+
+def test_a_text_too_short_for_all_runs_is_refused(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("a b c d e f g h " * 2)
+    arguments = ("--model", converted_directory(), *SHORT, "--repeats", 3)
+    with pytest.raises(UsageError, match="has 32 tokens; 36 are needed, since every run reads a piece of its own"):
+        run_bench(capsys, *arguments, "--text", tmp_path / "text.txt")
+
+
+def narrow_directory(directory, recipe="4bit", experts=40):
+    """Slots small enough to count, large enough that scales held as float32 would show."""
+    config = synthetic_config(2 * 10**9, recipe) | {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "num_attention_heads": 4,
+        "swa_num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "swa_num_key_value_heads": 4,
+        "vocab_size": 64,
+        "n_routed_experts": experts,
+    }
+    write_synthetic(directory, config, recipe)
+    return directory
+
+
+@pytest.mark.parametrize("share", [1, 12.5, 25, 60])
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.filterwarnings("ignore:expert memory")
+def test_a_share_of_experts_is_what_is_resident(tmp_path, monkeypatch, share, kernels):
+    """Within half a slot, whichever way slots hold 16-bit scales: as they are for the kernels, else as float32."""
+    if not kernels:
+        monkeypatch.setattr("mlx_mimo.planning.backend.kernels_available", lambda: False)
+    directory = narrow_directory(tmp_path)
+    nbytes = bench_module._memory(f"{share}%", directory)
+    model, _ = load(directory, expert_memory=nbytes)
+    every = len(model.residency.files) * 40
+    slots = model.residency.counters.slots
+    model.residency.close()
+    assert abs(slots - share / 100 * every) <= 0.5
+
+
+@pytest.mark.parametrize("size", [2, 8, 60])
+@pytest.mark.parametrize("recipe", ["4bit", "mxfp4"])
+def test_a_synthetic_model_has_the_size_that_was_asked_for(size, recipe):
+    config = synthetic_config(size * 10**9, recipe)
+    args = ModelArgs.from_dict(config)
+    budget = estimate(config, named(recipe), args, 1, 1, 2, 2)
+    one = len(args.moe_layers) * budget.slot_bytes
+    assert 0 <= size * 10**9 - budget.trunk - budget.experts < 1.1 * one
+    assert (args.hidden_size, args.moe_intermediate_size, args.num_attention_heads) == (4096, 2048, 64)
+
+
+def test_a_narrow_synthetic_model_has_more_experts():
+    wide, narrow = synthetic_config(2 * 10**9, "4bit"), synthetic_config(2 * 10**9, "4bit", 4)
+    assert narrow["n_routed_experts"] > 8 * wide["n_routed_experts"]
+    assert (narrow["hidden_size"], narrow["head_dim"], narrow["num_experts_per_tok"]) == (1024, 192, 8)
+    assert parameters(narrow) == pytest.approx(parameters(wide), rel=0.5)
+
+
+def test_a_synthetic_model_too_small_is_refused():
+    with pytest.raises(UsageError, match="at least"):
+        synthetic_config(10**8, "4bit")
+
+
+@pytest.mark.parametrize("recipe", ["4bit", "mxfp4"])
+def test_a_synthetic_model_loads_and_says_something_finite(tmp_path, recipe):
+    config = synthetic_config(2 * 10**9, recipe) | {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 64,
+        "num_attention_heads": 4,
+        "swa_num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "swa_num_key_value_heads": 4,
+        "vocab_size": 64,
+    }
+    write_synthetic(tmp_path, config, recipe)
+    assert measure(tmp_path, ModelArgs.from_dict(config), 8, 8, 2, 2).num_experts > 0
+    model, tokenizer = load(tmp_path, expert_memory="all")
+    logits = model(mx.array([[3, 5, 7]]))
+    assert 0.1 < logits.std().item() < 10
+    assert tokenizer.encode("t5", add_special_tokens=False) == [5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--expert-memory", "some"], "'some'"),
+        (["--expert-memory", "x%"], "'x%'; a share above 0%"),
+        (["--expert-memory", "25%,0%"], "'0%'; a share above 0%"),
+        (["--recipe", "4bit"], "--recipe: goes with --synthetic only"),
+        (["--narrow", "2"], "--narrow: goes with --synthetic only"),
+        (["--disk-limit", "quick"], "'quick'"),
+        (["--model", "/no/such"], "/no/such"),
+        (["--generation-tokens", "1"], "--generation-tokens: at least 2"),
+        (["--text", "/no/such"], "/no/such cannot be read"),
+        (["--output", "/no/such/bench.json"], "--output: .*: no such folder"),
+        (["--plot", "/no/such/bench.png"], "--plot: .*: no such folder"),
+    ],
+)
+def test_wrong_flags_are_refused(monkeypatch, arguments, message):
+    """Before anything is written, loaded or timed."""
+    monkeypatch.setattr(bench_module, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(UsageError, match=message):
+        bench(build_parser().parse_args([*SHORT, *arguments]))
+
+
+def test_a_text_for_a_synthetic_model_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_mimo.bench.synthetic.write_synthetic", lambda *_: pytest.fail("written"))
+    (tmp_path / "text.txt").write_text("words")
+    with pytest.raises(UsageError, match="knows no words"):
+        bench(build_parser().parse_args(["--synthetic", "2GB", "--text", str(tmp_path / "text.txt")]))
+
+
+@pytest.mark.parametrize("subject", [["--synthetic", "2GB"], ["--model", "MODEL"]])
+def test_more_tokens_than_the_model_has_positions_are_refused(monkeypatch, subject):
+    monkeypatch.setattr("mlx_mimo.bench.synthetic.write_synthetic", lambda *_: pytest.fail("written"))
+    subject = [str(converted_directory()) if word == "MODEL" else word for word in subject]
+    with pytest.raises(UsageError, match="max_position_embeddings is"):
+        bench(build_parser().parse_args([*subject, "--context", "0,262144"]))
+
+
+def test_figures_are_on_the_screen_before_a_file_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(MimoError, match="cannot be written"):
+        run_bench(capsys, "--model", converted_directory(), *SHORT, "--output", tmp_path / "taken")
+    assert json.loads(capsys.readouterr().out)["rows"]
+
+
+def test_the_machine_is_named():
+    line = machine_line()
+    assert line.startswith(f"{platform.system()} {platform.machine()}, ")
+    assert f"{os.cpu_count()} cores, {format_size(psutil.virtual_memory().total)} of memory" in line
+    assert re.fullmatch(r".+, .*\w.*, \d+ cores, .+", line)
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        with open("/proc/cpuinfo") as info:
+            name = next(line for line in info if line.startswith("model name"))
+        assert name.partition(":")[2].strip() in line

@@ -1,0 +1,75 @@
+"""mlx-lm beside us: the same tokens, nothing left running behind an answer, an error where its process ends."""
+
+import time
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from converted import converted_directory
+from mlx_lm.generate import generate_step as mlx_lm_generate_step
+from mlx_lm.generate import generation_stream
+
+from mlx_mimo import load
+from mlx_mimo.bench.peer import Peer, load_peer, timed
+from mlx_mimo.bench.timing import Case
+from mlx_mimo.errors import MimoError
+from mlx_mimo.runtime.stream import generate_step
+
+
+def test_the_peer_computes_the_same_tokens():
+    """Greedy, at the window that mlx-lm has: what is timed on both sides is one model."""
+    directory = converted_directory("bf16")
+    theirs = load_peer(directory)
+    window = theirs.args.sliding_window_size
+    ours, _ = load(directory, expert_memory="all", sliding_window=window)
+    prompt = mx.array(list(range(7, 7 + 3 * window, 2)))
+    tokens = [
+        [int(token) for token, _ in step(prompt, model, max_tokens=24)]
+        for step, model in ((generate_step, ours), (mlx_lm_generate_step, theirs))
+    ]
+    ours.residency.close()
+    assert tokens[0] == tokens[1]
+    assert len(set(tokens[0])) > 3
+
+
+class Slow(nn.Module):
+    """Not a language model: products that take a while."""
+
+    layers = ()
+
+    def __init__(self):
+        super().__init__()
+        self.weight = mx.random.normal((512, 512)) / 23
+        mx.eval(self.weight)
+
+    def __call__(self, tokens: mx.array, cache=None) -> mx.array:
+        x = self.weight + tokens.sum()
+        for _ in range(8):
+            x = x @ self.weight
+        return mx.broadcast_to(x[:1, :16], (1, tokens.shape[1], 16))
+
+
+def test_the_peer_answers_when_nothing_of_its_run_is_left():
+    """mlx-lm enqueues a step more than it is asked for; it must not run while we are timed."""
+    model = Slow()
+    seconds = timed(model, [], [1, 2], [3, 4, 5])
+    began = time.perf_counter()
+    mx.synchronize(generation_stream)
+    left = time.perf_counter() - began
+    assert left < 0.2 * seconds["decode_s"] / 2
+
+
+def test_a_peer_that_cannot_load_is_said_to_have_ended(tmp_path):
+    with pytest.raises(MimoError, match="its process ended with 1"), Peer(tmp_path):
+        pass
+
+
+def test_a_peer_that_dies_between_runs_is_an_error_not_a_closed_pipe():
+    """As a BrokenPipeError it would end the command quietly, with exit code 0."""
+    case, tokens = Case(300, 0, 4), list(range(304))
+    with Peer(converted_directory()) as peer:
+        assert peer.run(case, tokens).decode_s > 0
+        peer.process.kill()
+        peer.process.wait()
+        with pytest.raises(MimoError, match="its process ended with -9"):
+            peer.run(case, tokens)

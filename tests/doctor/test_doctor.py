@@ -1,0 +1,351 @@
+"""doctor: one line a check, stable ids, and each fault found under its own."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from converted import converted_directory, fp8_directory, stacked_directory
+
+from mlx_mimo.bridge import __main__ as bridge
+from mlx_mimo.checkpoint.header import read_header
+from mlx_mimo.config import released
+from mlx_mimo.config.model_args import ModelArgs
+from mlx_mimo.doctor import directory_checks as model_checks
+from mlx_mimo.doctor.__main__ import build_parser, doctor
+from mlx_mimo.doctor.directory_checks import Headers
+from mlx_mimo.doctor.machine_checks import FAILED, OK, SKIPPED, WARNING, disk_kind, mac_disk_kind
+from mlx_mimo.errors import FormatError, UsageError
+from mlx_mimo.plan import make_plan, subject_of
+from mlx_mimo.planning.budget import CHUNK, ItemBytes, measure
+from mlx_mimo.planning.machine import GIB, imagined
+from mlx_mimo.runtime.load import check_files
+
+EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "doctor_time.py"))
+# Of processor time, in which other work on the machine counts less; about 1 s of it is used on two busy cores.
+MOST_SECONDS = 2.0
+MACHINE = [
+    "python",
+    "mlx",
+    "mlx-lm",
+    "transformers",
+    "backend",
+    "memory",
+    "limits.working_set",
+    "limits.buffer",
+    "limits.files",
+]
+DIRECTORY = [
+    "disk.kind",
+    "disk.speed",
+    "model.config",
+    "model.files",
+    "model.experts",
+    "model.manifest",
+    "model.tokenizer",
+    "model.complete",
+    "model.hashes",
+    "model.memory",
+    "model.speed",
+]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return shutil.copytree(converted_directory(), tmp_path / "model")
+
+
+def run_doctor(capsys, *arguments) -> tuple[int, dict]:
+    code = doctor(build_parser().parse_args([*map(str, arguments), "--json"]))
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["schema_version"] == 1
+    assert fields["ok"] == (code == 0)
+    return code, {check["id"]: check for check in fields["checks"]}
+
+
+def test_the_ids_are_stable(directory, capsys):
+    code, checks = run_doctor(capsys, directory)
+    assert code == 0
+    assert list(checks) == MACHINE + DIRECTORY
+    assert list(run_doctor(capsys)[1]) == [*MACHINE, "disk.kind"]
+    assert list(run_doctor(capsys, "--sim-memory", "64GB")[1]) == MACHINE  # of another machine's disk nothing is known
+
+
+def test_a_sound_directory_passes_deep(directory, capsys):
+    code, checks = run_doctor(capsys, directory, "--deep")
+    assert code == 0
+    for name in ("model.config", "model.files", "model.experts", "model.manifest", "model.complete", "model.hashes"):
+        assert checks[name]["status"] == OK, checks[name]
+
+
+def test_the_bridge_is_no_damage(directory, capsys):
+    bridge.switch(directory, True)
+    assert run_doctor(capsys, directory, "--deep")[0] == 0
+
+
+def fails(capsys, directory, *arguments) -> dict:
+    code, checks = run_doctor(capsys, directory, *arguments)
+    assert code == 1
+    for check in checks.values():
+        assert check["status"] != FAILED or check["hint"]
+    return {name for name, check in checks.items() if check["status"] == FAILED}
+
+
+def test_a_file_cut_short(directory, capsys):
+    file = directory / "model-experts-2.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert fails(capsys, directory) == {"model.files", "model.experts", "model.manifest"}
+
+
+def test_a_missing_file(directory, capsys):
+    (directory / "model-trunk-00001.safetensors").unlink()
+    assert fails(capsys, directory) == {"model.files", "model.manifest"}
+
+
+def test_a_changed_byte_is_found_by_deep_alone(directory, capsys):
+    file = directory / "model-experts-2.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert run_doctor(capsys, directory)[0] == 0
+    assert fails(capsys, directory, "--deep") == {"model.hashes"}
+
+
+def test_a_manifest_that_is_none(directory, capsys):
+    (directory / "mlx_mimo.json").write_text("[]")
+    assert fails(capsys, directory) == {"model.manifest"}
+
+
+def test_no_tokenizer(directory, capsys):
+    (directory / "tokenizer.json").unlink()
+    assert "model.tokenizer" in fails(capsys, directory)
+
+
+def test_a_config_of_another_model(directory, capsys):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert fails(capsys, directory) == {"model.config"}
+
+
+def test_warnings_do_not_fail(directory, capsys):
+    (directory / "mlx_mimo.json").unlink()
+    (directory / "model-trunk-00001.safetensors.part").write_bytes(b"")
+    code, checks = run_doctor(capsys, directory)
+    assert code == 0
+    assert checks["model.manifest"]["status"] == WARNING
+    assert checks["model.complete"]["status"] == WARNING
+
+
+def test_an_fp8_checkpoint_is_told_how_to_convert(capsys):
+    _, checks = run_doctor(capsys, fp8_directory())
+    assert checks["model.config"]["status"] == WARNING
+    assert "mlx_mimo convert --hf-path" in checks["model.config"]["hint"]
+
+
+def test_wrong_command_lines():
+    for arguments in (["--deep"], ["/no/such/directory"], ["--sim-memory", "lots"], ["--sim-ssd", "quick"]):
+        with pytest.raises(UsageError):
+            doctor(build_parser().parse_args(arguments))
+
+
+def preview(capsys, directory, *arguments) -> dict:
+    return run_doctor(capsys, directory, *arguments)[1]
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    path = tmp_path_factory.mktemp("doctor") / "release"
+    EXAMPLE["write_release"](path)
+    return path
+
+
+@pytest.mark.parametrize(("gib", "disk", "bandwidth"), [(48, 6, 273), (256, 7, 819)])
+def test_another_machine_is_previewed_as_plan_sees_it(release, capsys, gib, disk, bandwidth):
+    """The same flags, the same slots and speed: doctor on the files, plan on the released config."""
+    flags = ["--sim-memory", f"{gib}GiB", "--sim-ssd", f"{disk}GB/s", "--sim-bandwidth", f"{bandwidth}GB/s"]
+    checks = preview(capsys, release, *flags)
+    machine = imagined("", gib * GIB, disk * 1e9, bandwidth * 1e9)
+    planned = make_plan(subject_of(None, "4bit"), ModelArgs.from_dict(released.CONFIG), 32768, machine).forecast
+    assert checks["model.memory"]["found"].startswith(f"{planned.slots:,} of 12,032 experts resident")
+    assert f"decode {planned.decode_tps.expected:.1f} tokens/s" in checks["model.speed"]["found"]
+    assert checks["model.memory"]["status"] == checks["model.speed"]["status"] == OK
+    for name in ("backend", "memory", "limits.working_set", "disk.speed"):
+        assert checks[name]["found"].endswith("simulated"), checks[name]
+    assert checks["backend"]["found"].startswith("metal")
+    assert checks["limits.buffer"]["found"] == "not known of another machine"
+
+
+def test_a_machine_too_small_fails_and_says_what_would_help(release, capsys):
+    code, checks = run_doctor(capsys, release, "--sim-memory", "16GiB")
+    assert code == 1
+    assert checks["model.memory"]["status"] == FAILED
+    assert "before the first expert" in checks["model.memory"]["found"]
+    assert f"mlx_mimo plan --model {release}" in checks["model.memory"]["hint"]
+    assert checks["model.speed"]["status"] == SKIPPED
+
+
+def test_few_slots_and_a_slow_disk_are_warned_of(release, capsys):
+    checks = preview(capsys, release, "--sim-memory", "24GiB", "--sim-ssd", "900MB/s", "--sim-bandwidth", "100GB/s")
+    assert checks["model.memory"]["status"] == WARNING
+    assert "one token uses 376" in checks["model.memory"]["found"]
+    assert checks["disk.speed"]["status"] == checks["model.speed"]["status"] == WARNING
+
+
+def test_one_fact_of_this_machine_can_be_replaced(directory, capsys):
+    checks = preview(capsys, directory, "--sim-available", "8GB", "--sim-ssd", "500MB/s")
+    assert "8.0 GB free, simulated" in checks["memory"]["found"]
+    assert checks["disk.speed"]["status"] == WARNING
+    assert checks["disk.kind"]["status"] == SKIPPED
+    assert checks["model.memory"]["status"] == OK
+    assert "simulated" not in checks["limits.working_set"]["found"]
+    fewer = preview(capsys, directory, "--sim-available", "1MB")
+    assert fewer["model.memory"]["status"] == FAILED
+
+
+def test_the_json_says_what_was_simulated(directory, capsys):
+    doctor(build_parser().parse_args([str(directory), "--json"]))
+    assert json.loads(capsys.readouterr().out)["simulated"] == {}
+    doctor(build_parser().parse_args([str(directory), "--json", "--sim-memory", "64GB", "--sim-backend", "cpu"]))
+    assert json.loads(capsys.readouterr().out)["simulated"] == {"memory": 64 * 10**9, "backend": "cpu"}
+
+
+def test_a_cpu_is_previewed_with_what_float32_takes(release, capsys):
+    """The same memory holds fewer experts: the CPU runs its trunk, caches and activations in float32."""
+    flags, found = ["--sim-memory", "128GB", "--sim-available", "96GB"], {}
+    for backend in ("metal", "cpu"):
+        text = preview(capsys, release, *flags, "--sim-backend", backend)["model.memory"]["found"]
+        found[backend] = int(text.split()[0].replace(",", ""))
+    assert found["cpu"] < found["metal"]
+
+
+def test_stacked_experts_must_all_fit(tmp_path, capsys):
+    stacked_directory(tmp_path)
+    checks = preview(capsys, tmp_path, "--sim-memory", "64GB")
+    assert checks["model.experts"]["status"] == WARNING
+    assert "(100%)" in checks["model.memory"]["found"]
+    code, checks = run_doctor(capsys, tmp_path, "--sim-memory", "64GB", "--sim-available", "1MB")
+    assert code == 1
+    assert "stacked ones must all be resident" in checks["model.memory"]["found"]
+
+
+@pytest.mark.parametrize("sizes", [ItemBytes(2, 2, 2), ItemBytes(4, 2, 2), ItemBytes(4, 4, 2)])
+def test_doctor_leaves_the_room_that_auto_leaves(release, sizes):
+    args = ModelArgs.from_dict(released.CONFIG)
+    assert Headers(release).budget(args, *sizes) == measure(release, args, 32768, CHUNK, *sizes)
+
+
+def test_the_context_is_what_the_model_takes(directory, capsys):
+    """The tiny model ends at 4096 tokens; the released one is planned with 32k."""
+    assert "with 4,096 tokens of context" in preview(capsys, directory, "--sim-memory", "64GB")["model.memory"]["found"]
+
+
+def test_each_header_is_read_once(directory, capsys, monkeypatch):
+    """The released model's headers name 108,000 tensors: reading them is most of doctor's time."""
+    read = []
+    monkeypatch.setattr(model_checks, "read_header", lambda path: read.append(path.name) or read_header(path))
+    assert run_doctor(capsys, directory)[0] == 0
+    assert sorted(read) == sorted(path.name for path in directory.glob("model*.safetensors"))
+
+
+@pytest.mark.parametrize("command", ["doctor", "plan"])
+def test_it_is_quick_at_the_released_models_size(release, command):
+    """109,000 tensors, in a process of its own, as a user starts it."""
+    words = [f"mlx_mimo.{command}", *([str(release)] if command == "doctor" else ["--all"])]
+    _, used = EXAMPLE["times"](words, repeats=3)
+    assert used < MOST_SECONDS
+
+
+# Files that cannot be read, and indices that are none
+
+
+def test_a_link_that_leads_nowhere(directory, capsys):
+    file = directory / "model-experts-2.safetensors"
+    file.unlink()
+    file.symlink_to(directory / "nowhere")
+    assert fails(capsys, directory) == {"model.files", "model.experts", "model.manifest"}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(directory, capsys):
+    (directory / "model-experts-2.safetensors").chmod(0)
+    assert {"model.files", "model.experts"} <= fails(capsys, directory)
+
+
+@pytest.mark.parametrize("value", [5, None, ["a"], {}])
+def test_an_index_of_something_else_than_names(directory, capsys, value):
+    index = directory / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"]["lm_head.weight"] = value
+    index.write_text(json.dumps(fields))
+    assert "model.files" in fails(capsys, directory)
+    with pytest.raises(FormatError, match=r"index\.json: not an index"):
+        check_files(directory)
+
+
+# What is said of memory is what plan says
+
+
+@pytest.mark.parametrize(("gib", "status"), [(16, WARNING), (24, OK)])
+def test_memory_is_judged_as_plan_judges_it(capsys, gib, status):
+    checks = run_doctor(capsys, "--sim-memory", f"{gib}GiB")[1]
+    planned = make_plan(subject_of(None, "2bit"), ModelArgs.from_dict(released.CONFIG), 32768, imagined("", gib * GIB))
+    assert checks["memory"]["status"] == status
+    assert (planned.forecast is not None) == (status == OK)
+
+
+def test_more_free_than_there_is_is_refused(capsys):
+    with pytest.raises(UsageError, match="--available"):
+        run_doctor(capsys, "--sim-memory", "64GB", "--sim-available", "65GB")
+
+
+def test_the_lines_name_id_and_hint(directory, capsys):
+    (directory / "tokenizer.json").unlink()
+    doctor(build_parser().parse_args([str(directory)]))
+    text = capsys.readouterr().out
+    assert "FAIL  model.tokenizer" in text
+    assert "→ copy the tokenizer's files" in text
+
+
+@pytest.mark.parametrize(
+    ("info", "kind"),
+    [
+        ({"SolidState": True, "BusProtocol": "Apple Fabric"}, "SSD"),
+        ({"SolidState": True, "BusProtocol": "USB"}, "SSD on USB"),
+        ({"SolidState": False, "BusProtocol": "SATA"}, "hard disk"),
+        ({"BusProtocol": "SMB"}, None),
+    ],
+)
+def test_what_a_mac_says_of_its_disk(info, kind):
+    assert mac_disk_kind(info) == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("SSD", OK), ("SSD on USB", WARNING), ("hard disk", WARNING), (None, SKIPPED)]
+)
+def test_slow_kinds_of_disk_are_warned_of(tmp_path, monkeypatch, kind, status):
+    for name in ("_linux_disk", "_mac_disk"):
+        monkeypatch.setattr(f"mlx_mimo.doctor.machine_checks.{name}", lambda directory: kind)
+    check = disk_kind(tmp_path)
+    assert check.status == status
+    assert "free" in check.found
+
+
+def test_doctor_loads_no_framework():
+    code = (
+        "import sys; sys.argv = ['doctor']; from mlx_mimo.doctor.__main__ import main; main(); "
+        "sys.exit('imported' if {'transformers', 'torch', 'mlx_lm'} & set(sys.modules) else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr + result.stdout
+
+
+def test_every_id_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "JSON.md").read_text(encoding="utf-8")
+    table = page.partition("## doctor")[2].partition("## plan")[0]
+    rows = [row.partition("|")[2].partition("|")[0] for row in table.splitlines() if row.startswith("| `")]
+    assert [name for row in rows for name in re.findall(r"`([^`]+)`", row)] == MACHINE + DIRECTORY
