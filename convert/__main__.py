@@ -93,11 +93,11 @@ def upload(directory: str, repo: str) -> None:
 
 
 def dry_run(source: "Source", recipe: "Recipe") -> int:
-    from mlx_mimo.checkpoint.layout import make_plan
+    from mlx_mimo.checkpoint.layout import layout_of
 
-    from .table import plan_rows, render
+    from .table import layout_rows, render
 
-    print(render(plan_rows(make_plan(source.config, source.weight_map, recipe))))
+    print(render(layout_rows(layout_of(source.config, source.weight_map, recipe))))
     return 0
 
 

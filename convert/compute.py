@@ -10,7 +10,7 @@ from mlx_mimo.errors import FormatError
 
 from . import fp8
 from .fp8 import KvMap, Scales
-from .quantise import Encoded, bfloat16, encode, from_bfloat16
+from .quantize import Encoded, bfloat16, encode, from_bfloat16
 from .source import Source
 from .writer import Piece
 
@@ -35,14 +35,14 @@ class Computer:
             if dtype == item.stored[0].dtype:
                 return Piece(Encoded({"weight": raw}, 0.0, 0.0))
             values = _as(raw, dtype, "F32", name)
-            return Piece(encode(values, item.quantisation))
+            return Piece(encode(values, item.quantization))
         scales = self.scales(name)
         part = scales.rows(begin, end)
         found = scales.cells == 0
         fp8.mark_full_scale(name, raw, part, found)
         if _global_kv(name, self.kv_maps)[0] is not None:
             found = None  # counted with both tensors in view when the map was chosen
-        return Piece(encode(fp8.dequantise(raw, part), item.quantisation), found)
+        return Piece(encode(fp8.dequantize(raw, part), item.quantization), found)
 
     def scales(self, name: str) -> Scales:
         """The scales of one FP8 weight; those of the latest are kept, since its pieces come one after another."""

@@ -1,4 +1,4 @@
-"""The conversion as a whole: check everything, then write file after file, config.json last."""
+"""The whole conversion: checks everything first, then writes file after file, config.json last."""
 
 import hashlib
 import os
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import mlx_mimo
 from mlx_mimo.checkpoint import bridge_line
-from mlx_mimo.checkpoint.layout import Item, Plan, make_plan
+from mlx_mimo.checkpoint.directory import read_config
+from mlx_mimo.checkpoint.index import INDEX
+from mlx_mimo.checkpoint.layout import DirectoryLayout, Item, layout_of
+from mlx_mimo.checkpoint.manifest import FORMAT, MANIFEST, read_manifest
 from mlx_mimo.checkpoint.recipe import Recipe, named
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import FormatError, MimoError, UsageError
@@ -21,8 +24,8 @@ from .compute import Computer, find_kv_maps, read_cells
 from .fp8 import KvMap
 from .journal import NAME as JOURNAL
 from .journal import DirectoryLock, Journal
-from .quantise import kernels_available
-from .source import INDEX, Source, open_source, read_json
+from .quantize import kernels_available
+from .source import Source, open_source
 from .writer import PART, STAGED, Piece, Report, source_names, write_file, write_whole
 
 SUSPICIOUS = 0.05  # share of scales without a ±448 code above which a tensor kind is reported
@@ -30,12 +33,12 @@ SUSPICIOUS = 0.05  # share of scales without a ±448 code above which a tensor k
 
 @dataclass
 class Prepared:
-    """A conversion of which everything that can be checked beforehand has been."""
+    """A conversion that has been checked and not begun."""
 
     source: Source
-    plan: Plan
+    layout: DirectoryLayout
     kv_maps: dict[int, KvMap]
-    job: dict  # what the journal compares
+    job: dict  # what an unfinished conversion in the same directory must have in common with this one
 
 
 def convert_checkpoint(
@@ -47,16 +50,16 @@ def convert_checkpoint(
     progress: bool = True,
     threads: int | None = None,
 ) -> Path:
-    """Converts an FP8 checkpoint into `target`, or goes on where an interrupted call of the same kind stopped.
+    """Converts an FP8 checkpoint into `target` and returns it. A call after an interrupted one goes on where that
+    stopped.
 
-    `source` is a directory or Hub repository; `recipe` a name, a TOML file or a Recipe; `kv_scales` "chain" or "flat"
-    overrides what the scales of the global layers' K and V show. Raises MimoError, naming file or field; `target` holds
-    no config.json then.
+    `source` is a directory or Hub repository; `recipe` a name, a TOML file or a Recipe; `kv_scales`, "chain" or "flat",
+    overrides the test of how the K/V scales of the global layers are to be read. Raises MimoError, naming the file or
+    the field; `target` holds no config.json then.
     """
     target = Path(target)
     prepared = prepare(source, recipe, kv_scales)
-    created = check_target(target, prepared)
-    if created is None:
+    if not check_target(target, prepared):
         _say(progress, f"{target}: already converted; nothing to do")
         return target
     target.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ def _locked(target: Path, prepared: Prepared, progress: bool, threads: int | Non
         check_space(target, space_needed(prepared, journal))
         source = prepared.source
         computer = Computer(source, source.config, prepared.kv_maps)
-        reports = write_files(target, source, prepared.plan, computer.piece, journal, progress, threads)
+        reports = write_files(target, source, prepared.layout, computer.piece, journal, progress, threads)
         finish(target, prepared, reports)
         journal.remove()
     finally:
@@ -89,17 +92,20 @@ def _locked(target: Path, prepared: Prepared, progress: bool, threads: int | Non
 
 
 def prepare(source: str | os.PathLike | Source, recipe: str | Recipe, kv_scales: str | None) -> Prepared:
-    """Reads headers, scales and the global layers' K and V; writes nothing."""
+    """Checks a conversion: reads headers, scales and the global layers' K and V, and writes nothing.
+
+    Raises FormatError for a checkpoint that cannot be converted, UsageError for a wrong argument.
+    """
     if kv_scales not in (None, "chain", "flat"):
         raise UsageError(f"kv_scales {kv_scales!r}: chain or flat expected")
     source = source if isinstance(source, Source) else open_source(source)
     recipe = recipe if isinstance(recipe, Recipe) else named(recipe)
     if "quantization" in source.config:
-        raise UsageError(f"{source.directory}: an MLX directory already; mlx_mimo convert repack takes those")
+        raise UsageError(f"{source.path}: an MLX directory already; mlx_mimo convert repack takes those")
     ModelArgs.from_dict(source.config)
-    plan = make_plan(source.config, source.weight_map, recipe)
-    source.check_files()
-    for file in plan.files:
+    layout = layout_of(source.config, source.weight_map, recipe)
+    source.check()
+    for file in layout.files:
         for item in file.items:
             entry = source.entry(item.source.name)
             if entry.shape != item.source.shape:
@@ -111,37 +117,43 @@ def prepare(source: str | os.PathLike | Source, recipe: str | Recipe, kv_scales:
                 read_cells(source, entry.name)
     kv_maps = find_kv_maps(source, source.config, kv_scales)
     job = {
-        "converter": f"mlx_mimo {mlx_mimo.__version__} format {manifest.FORMAT}",
+        "converter": f"mlx_mimo {mlx_mimo.__version__} format {FORMAT}",
         "recipe": recipe.as_json(),
         "config": source.config,
         "revision": [source.repo, source.revision],
         "index": hashlib.sha256(repr(sorted(source.weight_map.items())).encode()).hexdigest(),
         "K/V scale map": {str(layer): kv_map.as_json() for layer, kv_map in kv_maps.items()},
     }
-    return Prepared(source, plan, kv_maps, job)
+    return Prepared(source, layout, kv_maps, job)
 
 
-def check_target(target: Path, prepared: Prepared) -> bool | None:
-    """Whether there is something to do; None where `target` is this very conversion, complete."""
+def check_target(target: Path, prepared: Prepared) -> bool:
+    """Whether anything is left to write: False where `target` is the finished result of this conversion.
+
+    Raises UsageError where `target` is a file or holds something else.
+    """
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file; name a new directory")
     if not target.exists() or (target / JOURNAL).exists():
         return True
     if all(path.name == JOURNAL + PART for path in target.iterdir()):  # killed before the journal had its name
         return True
-    same = (target / manifest.NAME).exists() and (target / "config.json").exists()
-    if same:
-        fields = read_json(target / manifest.NAME)
-        wanted = manifest.manifest_json(prepared.plan, source_json(prepared.source), [], prepared.kv_maps)
-        same = all(fields.get(key) == wanted[key] for key in ("format", "converter", "source", "recipe", "kv_scales"))
-        same = same and read_json(target / "config.json") == manifest.config_json(prepared.plan)
-    if not same:
+    if not _is_result(target, prepared):
         raise UsageError(f"{target}: not empty and not an unfinished conversion; name a new directory")
-    return None
+    return False
+
+
+def _is_result(target: Path, prepared: Prepared) -> bool:
+    written = read_manifest(target)
+    if written is None or not (target / "config.json").exists():
+        return False
+    wanted = manifest.manifest_json(prepared.layout, source_json(prepared.source), [], prepared.kv_maps)
+    same = (written.fields.get(key) == wanted[key] for key in ("format", "converter", "source", "recipe", "kv_scales"))
+    return all(same) and read_config(target) == manifest.config_json(prepared.layout)
 
 
 def check_sources(source: Source, journal: Journal) -> None:
-    """What finished files were made from must not have changed since."""
+    """Raises MimoError where a file has changed since finished files were made from it."""
     for report in journal.finished.values():
         for file, identity in report.sources.items():
             if source.identity(file) != identity:
@@ -151,14 +163,15 @@ def check_sources(source: Source, journal: Journal) -> None:
 
 
 def space_needed(prepared: Prepared, journal: Journal) -> int:
-    """Bytes still to be written, and in streaming those of the files fetched meanwhile."""
-    left = [file for file in prepared.plan.files if file.name not in journal.finished]
+    """Bytes still to be written, and with --stream those of the files that are fetched meanwhile."""
+    left = [file for file in prepared.layout.files if file.name not in journal.finished]
     source = prepared.source
     staged = max((source.staging_bytes(source_names(file, source.weight_map)) for file in left), default=0)
     return sum(len(file.header) + file.data_bytes for file in left) + 2 * staged
 
 
 def check_space(target: Path, needed: int) -> None:
+    """Raises MimoError where the target's disk has less room."""
     free = shutil.disk_usage(target).free
     if needed > free:
         raise MimoError(
@@ -170,17 +183,21 @@ def check_space(target: Path, needed: int) -> None:
 def write_files(
     target: Path,
     source: Source,
-    plan: Plan,
+    layout: DirectoryLayout,
     piece: Callable[[Item, int, int], Piece],
     journal: Journal,
     progress: bool,
     threads: int | None = None,
 ) -> list[Report]:
-    """Writes the files of `plan` that the journal does not have yet. `piece` computes rows of an item."""
+    """Writes the files of `layout` that the journal does not have yet. Returns the reports of all of them.
+
+    `piece(item, begin, end)` computes rows of an item, in several threads. Raises MimoError where a source file changes
+    meanwhile.
+    """
     threads = threads or (min(os.cpu_count() or 1, 16) if kernels_available() else 1)
-    sources = {output.name: source_names(output, source.weight_map) for output in plan.files}
-    left = [output for output in plan.files if output.name not in journal.finished]
-    with ThreadPoolExecutor(threads) as pool, _Progress(plan, journal, progress) as bar:
+    sources = {output.name: source_names(output, source.weight_map) for output in layout.files}
+    left = [output for output in layout.files if output.name not in journal.finished]
+    with ThreadPoolExecutor(threads) as pool, _Progress(layout, journal, progress) as bar:
         while left:
             output = left.pop(0)
             names = sources[output.name]
@@ -195,31 +212,32 @@ def write_files(
             journal.add(report)
             for file in names.difference(*(sources[later.name] for later in left)):
                 source.release(file)
-    return [journal.finished[output.name] for output in plan.files]
+    return [journal.finished[output.name] for output in layout.files]
 
 
 def finish(target: Path, prepared: Prepared, reports: list[Report]) -> None:
-    source, plan = prepared.source, prepared.plan
-    fields = manifest.manifest_json(plan, source_json(source), reports, prepared.kv_maps)
-    write_small_files(target, source, plan, manifest.config_json(plan), fields)
+    source, layout = prepared.source, prepared.layout
+    fields = manifest.manifest_json(layout, source_json(source), reports, prepared.kv_maps)
+    write_small_files(target, source, layout, manifest.config_json(layout), fields)
 
 
-def write_small_files(target: Path, source: Source, plan: Plan, config: dict, fields: dict) -> None:
-    """All but the weights, config.json last: with it the directory becomes loadable. `fields` is the manifest, to which
-    the small files are added.
+def write_small_files(target: Path, source: Source, layout: DirectoryLayout, config: dict, fields: dict) -> None:
+    """Writes every file that holds no weights, config.json last: with it the directory can be loaded.
+
+    `fields` is the manifest; the sizes and hashes of these files are added to it.
     """
     small = {name: source.text(name) for name in manifest.TOKENIZER_FILES}
     small = {name: data for name, data in small.items() if data is not None}
-    small[INDEX] = manifest.dump(manifest.index_json(plan))
+    small[INDEX] = manifest.dump(manifest.index_json(layout))
     small["config.json"] = manifest.dump(config)
-    # A directory that was repacked in place may have the bridge on.
+    # The bridge may be on in a directory that was repacked in place.
     written = small | {"config.json": bridge_line.without(small["config.json"])}
     sizes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in written.items()}
     fields["files"] = dict(sorted((fields["files"] | sizes).items()))
     last = small.pop("config.json")
     for name, data in small.items():
         write_whole(target / name, data)
-    write_whole(target / manifest.NAME, manifest.dump(fields))
+    write_whole(target / MANIFEST, manifest.dump(fields))
     for leftover in (*target.glob("*" + PART), *target.glob(STAGED + "*")):
         leftover.unlink()
     write_whole(target / "config.json", last)
@@ -230,7 +248,7 @@ def source_json(source: Source) -> dict:
 
 
 def warn_of_misfits(reports: list[Report]) -> None:
-    """A right reading leaves hardly any scale without a ±448 code; many mean a misread or damaged file."""
+    """Warns of each kind of tensor with many scales that have no ±448 code: it was misread or is damaged."""
     cells: dict[str, list[int]] = {}
     for report in reports:
         for kind, (count, without) in report.cells.items():
@@ -251,13 +269,13 @@ def _say(progress: bool, text: str) -> None:
 
 
 class _Progress:
-    """A bar over the bytes that are written."""
+    """A progress bar over the bytes that are written."""
 
-    def __init__(self, plan: Plan, journal: Journal, shown: bool):
+    def __init__(self, layout: DirectoryLayout, journal: Journal, shown: bool):
         from tqdm import tqdm
 
-        total = sum(file.data_bytes for file in plan.files)
-        done = sum(file.data_bytes for file in plan.files if file.name in journal.finished)
+        total = sum(file.data_bytes for file in layout.files)
+        done = sum(file.data_bytes for file in layout.files if file.name in journal.finished)
         self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, disable=not shown, desc="convert")
         self.advance: Callable[[int], None] = self._bar.update
 

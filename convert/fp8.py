@@ -56,12 +56,12 @@ def check_cells(name: str, cells: np.ndarray) -> None:
         )
 
 
-def dequantise(codes: np.ndarray, scales: Scales) -> np.ndarray:
+def dequantize(codes: np.ndarray, scales: Scales) -> np.ndarray:
     """(R, C) uint8 codes → (R, C) float32, the product of code and scale."""
     out = np.empty(codes.shape, np.float32)
     kernels = _kernels()
     if kernels:
-        kernels.dequantise_fp8(codes, TABLE, scales.cells, scales.row_map, BLOCK, out)
+        kernels.dequantize_fp8(codes, TABLE, scales.cells, scales.row_map, BLOCK, out)
     else:
         np.take(TABLE, codes, out=out)
         out *= scales.cells[scales.row_map].repeat(BLOCK, axis=1)[:, : codes.shape[1]]

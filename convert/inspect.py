@@ -1,4 +1,4 @@
-"""`convert inspect DIR`: what a converted directory is, from its config, manifest and headers. No tensor is read."""
+"""`convert inspect DIR`: prints what a converted directory holds, from its config, manifest and headers alone."""
 
 import argparse
 import json
@@ -8,16 +8,18 @@ from pathlib import Path
 from mlx_mimo.checkpoint import shapes
 
 from . import table
-from .stored import Stored
+from .converted import ConvertedSource
 
 
 def describe(directory: str | Path) -> dict:
-    """What the directory holds, as one object. Raises FormatError where it cannot be read."""
-    stored = Stored(directory)
-    plan = stored.plan()
-    rows = table.plan_rows(plan)
-    fields = stored.manifest or {}
-    kv_scales = fields.get("kv_scales") or {}
+    """The JSON object of `convert inspect --json`, and the text's table under "table".
+
+    Raises FormatError for files that cannot be read.
+    """
+    stored = ConvertedSource(directory)
+    layout = stored.layout()
+    rows = table.layout_rows(layout)
+    manifest = stored.manifest
     return {
         "directory": str(directory),
         "layers": shapes.size(stored.config, "num_hidden_layers"),
@@ -25,10 +27,10 @@ def describe(directory: str | Path) -> dict:
         "moe_layers": len(shapes.moe_layers(stored.config)),
         "experts": shapes.size(stored.config, "n_routed_experts"),
         "mtp_layers": len({s.split(".")[3] for s in stored.weight_map if s.startswith(shapes.MTP)}),
-        "expert_major": any(file.startswith("model-experts-") for file in stored.files),
-        "recipe": (fields.get("recipe") or {}).get("name"),
-        "source": fields.get("source"),
-        "kv_scale_maps": dict(Counter(found["map"] for found in kv_scales.values())),
+        "expert_major": stored.is_streamable,
+        "recipe": manifest.recipe_name if manifest else None,
+        "source": manifest.fields.get("source") if manifest else None,
+        "kv_scale_maps": dict(Counter(found["map"] for found in manifest.kv_scales.values())) if manifest else {},
         "kinds": table.as_json(rows),
         "table": table.render(rows),
     }

@@ -1,4 +1,4 @@
-"""Quantisation kernels for the CPU, bit for bit what `mx.quantize` gives for the bfloat16-rounded weights.
+"""Quantization kernels for the CPU, bit for bit what `mx.quantize` gives for the bfloat16-rounded weights.
 
 Compiled by numba on first use and kept in its cache. They release the interpreter lock: threads run them side by side.
 """
@@ -10,7 +10,7 @@ _ROUNDER = np.float32(12582912.0)  # 1.5 · 2²³: adding and subtracting it rou
 
 
 @njit(nogil=True, cache=True)
-def dequantise_fp8(codes, table, scales, row_map, block, out):
+def dequantize_fp8(codes, table, scales, row_map, block, out):
     """out (R, C) float32 = table[codes (R, C) uint8] · scales[row_map[r], c // block]."""
     rows, columns = codes.shape
     for r in range(rows):
@@ -80,7 +80,7 @@ def _pack(codes, bits, out):
 
 
 @njit(nogil=True, cache=True)
-def quantise_affine(bits_in, group, bits, packed, scales, biases):
+def quantize_affine(bits_in, group, bits, packed, scales, biases):
     """Weights (R, C) float32, given as uint32, to `packed` (R, C·bits/8) uint8 and, as bfloat16 bits, `scales` and
     `biases` (R, C/group) uint16.
 
@@ -135,7 +135,7 @@ def quantise_affine(bits_in, group, bits, packed, scales, biases):
 
 
 @njit(nogil=True, cache=True)
-def quantise_mxfp4(bits_in, packed, scales):
+def quantize_mxfp4(bits_in, packed, scales):
     """Weights (R, C) float32, given as uint32, to E2M1 nibbles `packed` (R, C/2) uint8 and E8M0 `scales` (R, C/32)
     uint8.
 

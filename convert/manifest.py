@@ -1,17 +1,19 @@
-"""The files beside the weights: config.json, the index, the manifest. The same input gives the same bytes."""
+"""The files beside the weights that a conversion writes: config.json, the index, the manifest.
+
+The same input gives the same bytes.
+"""
 
 import json
 from collections import Counter
 from math import sqrt
 
 import mlx_mimo
-from mlx_mimo.checkpoint.layout import Plan, module_path
+from mlx_mimo.checkpoint.layout import DirectoryLayout, module_path
+from mlx_mimo.checkpoint.manifest import FORMAT
 
 from .fp8 import KvMap
 from .writer import Report
 
-NAME = "mlx_mimo.json"
-FORMAT = 1
 # Taken over from the checkpoint where it has them.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,31 +28,32 @@ TOKENIZER_FILES = (
 )
 
 
-def config_json(plan: Plan) -> dict:
-    """The checkpoint's config.json with mlx-lm's `quantization`: the commonest form, and each path that differs."""
-    config = {key: value for key, value in plan.config.items() if key not in ("quantization_config", "quantization")}
+def config_json(layout: DirectoryLayout) -> dict:
+    """The source's config.json with mlx-lm's `quantization`: the experts' commonest one, and each path that differs."""
+    config = {key: value for key, value in layout.config.items() if key not in ("quantization_config", "quantization")}
     paths = {}
-    for file in plan.files:
+    for file in layout.files:
         for item in file.items:
-            if item.quantisation:
-                paths[module_path(item.source)] = item.quantisation
+            if item.quantization:
+                paths[module_path(item.source)] = item.quantization
     if paths:
         commonest = Counter(q for path, q in paths.items() if ".switch_mlp." in path) or Counter(paths.values())
         default = commonest.most_common(1)[0][0]
         quantization = default.as_json() | {path: q.as_json() for path, q in paths.items() if q != default}
         config["quantization"] = quantization
         config["quantization_config"] = quantization  # the Hub reads this name
-    config["mlx_mimo"] = {"format": FORMAT, "recipe": plan.recipe.name}
+    config["mlx_mimo"] = {"format": FORMAT, "recipe": layout.recipe.name}
     return config
 
 
-def index_json(plan: Plan) -> dict:
-    weight_map = {tensor.name: file.name for file in plan.files for item in file.items for tensor in item.stored}
-    return {"metadata": {"total_size": plan.data_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+def index_json(layout: DirectoryLayout) -> dict:
+    """The index of the output files."""
+    weight_map = {tensor.name: file.name for file in layout.files for item in file.items for tensor in item.stored}
+    return {"metadata": {"total_size": layout.data_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def manifest_json(plan: Plan, source: dict, reports: list[Report], kv_maps: dict[int, KvMap]) -> dict:
-    """`source` is {"repo", "revision"}; the files that hold no weights are added when they are written."""
+def manifest_json(layout: DirectoryLayout, source: dict, reports: list[Report], kv_maps: dict[int, KvMap]) -> dict:
+    """The manifest. `source` is {"repo", "revision"}; the caller adds to "files" those that hold no weights."""
     errors: dict[str, list[float]] = {}
     cells: dict[str, list[int]] = {}
     for report in reports:
@@ -63,7 +66,7 @@ def manifest_json(plan: Plan, source: dict, reports: list[Report], kv_maps: dict
         "format": FORMAT,
         "converter": f"mlx_mimo {mlx_mimo.__version__}",
         "source": source,
-        "recipe": plan.recipe.as_json(),
+        "recipe": layout.recipe.as_json(),
         "kv_scales": {str(layer): kv_map.as_json() for layer, kv_map in sorted(kv_maps.items())},
         "relative_error": {kind: relative(*errors[kind]) for kind in sorted(errors)},
         "scales_without_448": {kind: {"scales": n, "without": w} for kind, (n, w) in sorted(cells.items())},
@@ -72,8 +75,10 @@ def manifest_json(plan: Plan, source: dict, reports: list[Report], kv_maps: dict
 
 
 def relative(squared_error: float, squared_weight: float) -> float:
+    """The relative error of sums of squares, to six digits."""
     return float(f"{sqrt(squared_error / squared_weight):.6g}") if squared_weight else 0.0
 
 
 def dump(fields: dict) -> bytes:
+    """The bytes of a JSON file."""
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,6 +1,6 @@
-"""A checkpoint on the Hub, read in place: small pieces by HTTP range requests, whole files one at a time.
+"""A checkpoint on the Hub, read without downloading it: pieces by HTTP range requests.
 
-With a staging folder files are fetched into it when they are needed and deleted after their last use.
+With a staging folder each file is fetched into it before its first use, and deleted after its last.
 """
 
 import http.client
@@ -13,10 +13,12 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from mlx_mimo.checkpoint.directory import Directory
 from mlx_mimo.checkpoint.header import Header, check_length, parse_header
+from mlx_mimo.checkpoint.index import INDEX, checked_weight_map
 from mlx_mimo.errors import FormatError, MimoError
 
-from .source import INDEX, Source, weight_map_of
+from .source import Source
 from .writer import STAGED
 
 ATTEMPTS = 6
@@ -27,7 +29,10 @@ _LOST = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
 class RemoteSource(Source):
-    """`repo` at `revision` of the Hub that HF_ENDPOINT names; the revision is pinned to its commit."""
+    """A repository on the Hub that HF_ENDPOINT names, at the commit that `revision` is when this is made.
+
+    Raises MimoError where the Hub cannot be reached, or refuses.
+    """
 
     local = False
 
@@ -35,14 +40,13 @@ class RemoteSource(Source):
         self.repo = repo
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.staging = staging
-        self.directory = Path(repo)
         answer = self._get(f"{self.endpoint}/api/models/{repo}/revision/{revision or 'main'}")
         self.revision = self._json("the Hub's answer", answer).get("sha")
         if not isinstance(self.revision, str):
             raise MimoError(f"{repo}: the Hub's answer names no commit; is it a model's repository?")
-        self.config = self._json("config.json", self.text("config.json"))
-        self.weight_map = weight_map_of(self._json(INDEX, self.text(INDEX)))
-        self._headers: dict[str, Header] = {}
+        config = self._json("config.json", self.text("config.json"))
+        weight_map = checked_weight_map(self._json(INDEX, self.text(INDEX)))
+        Directory.__init__(self, repo, config, weight_map)  # a Source's own looks for a folder
         self._sizes: dict[str, int] = {}
         self._fetches: dict[str, Future] = {}
         self._fetcher = ThreadPoolExecutor(1)
@@ -54,11 +58,11 @@ class RemoteSource(Source):
         except _Absent:
             return None
 
-    def identity(self, file: str) -> list:
+    def identity(self, file: str) -> list[str | int]:
         return [self.revision, self.header(file).file_bytes]
 
     def need(self, files: Iterable[str], soon: Iterable[str] = ()) -> None:
-        """Returns when `files` are here; `soon` are fetched meanwhile."""
+        """Fetches `files`, and begins to fetch `soon`. Returns when `files` are in the staging folder."""
         if self.staging is None:
             return
         for file in (*files, *soon):
@@ -99,7 +103,7 @@ class RemoteSource(Source):
         return data
 
     def _range(self, file: str, offset: int, nbytes: int) -> bytes:
-        """Bytes of a file on the Hub; also learns the file's size."""
+        """Bytes [offset, offset + nbytes) of a file on the Hub. Remembers the file's size."""
         if nbytes == 0:
             return b""
         request = self._request(self._url(file), {"Range": f"bytes={offset}-{offset + nbytes - 1}"})
@@ -122,7 +126,7 @@ class RemoteSource(Source):
             raise MimoError(f"{file}: changed on the server from {self._sizes[file]:,} to {int(size):,} bytes")
 
     def _fetch(self, file: str) -> None:
-        """The whole file into the staging folder; what an earlier attempt brought is kept."""
+        """Fetches a whole file into the staging folder, from where an earlier attempt stopped."""
         path, size = self._staged(file), self.header(file).file_bytes
 
         def attempt() -> None:
@@ -146,7 +150,10 @@ class RemoteSource(Source):
         self._patiently(file, attempt)
 
     def _patiently(self, what: str, attempt):
-        """Its result; tried again while the connection, not the answer, is at fault."""
+        """What `attempt` returns; it is called again while the connection, not the answer, is at fault.
+
+        Raises MimoError after the last attempt.
+        """
         for number in range(1, ATTEMPTS + 1):
             try:
                 return attempt()
@@ -202,4 +209,4 @@ class RemoteSource(Source):
 
 
 class _Absent(MimoError):
-    """The server has no such file."""
+    """The Hub has no such file."""

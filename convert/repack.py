@@ -1,7 +1,7 @@
-"""`convert repack`: a directory of mlx-lm's becomes expert-major, every stored value as it is.
+"""`convert repack`: makes a directory that mlx-lm wrote expert-major. Every stored value stays as it is.
 
-mlx-lm stacks the experts of a layer; here one expert's tensors come to lie side by side. In place, each old file is
-deleted as soon as nothing more will be read from it.
+mlx-lm stacks the experts of a layer; repacking puts the tensors of one expert side by side. In place, each old file is
+deleted after the last read from it.
 """
 
 import argparse
@@ -14,8 +14,11 @@ from pathlib import Path
 
 from mlx_mimo.checkpoint import shapes
 from mlx_mimo.checkpoint.bridge_line import FILE as BRIDGE
+from mlx_mimo.checkpoint.directory import MTP_FILE, Directory
 from mlx_mimo.checkpoint.header import Header, TensorEntry
-from mlx_mimo.checkpoint.layout import Item, OutputFile, Plan, Stored
+from mlx_mimo.checkpoint.index import INDEX
+from mlx_mimo.checkpoint.layout import DirectoryLayout, Item, OutputFile, StoredTensor, trunk_file_name
+from mlx_mimo.checkpoint.manifest import FORMAT
 from mlx_mimo.checkpoint.recipe import Recipe
 from mlx_mimo.checkpoint.record import TENSOR_ORDER, expert_file_name, expert_tensor_name
 from mlx_mimo.checkpoint.shapes import Shape
@@ -26,55 +29,56 @@ from . import manifest
 from .convert import check_sources, check_space, write_files, write_small_files
 from .journal import NAME as JOURNAL
 from .journal import DirectoryLock, Journal
-from .quantise import Encoded
-from .source import INDEX, Source, open_source
+from .quantize import Encoded
+from .source import Source, open_source
 from .writer import Piece, source_names, write_whole
 
-STATE = "mlx_mimo-repack.json"  # what an unfinished repacking in place began with
+STATE = "mlx_mimo-repack.json"  # config, index and headers that an unfinished repacking in place began with
 _STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.switch_mlp\.(\w+_proj\.\w+)")
 _SINGLE = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+_proj\.\w+)")
 
 
 @dataclass(frozen=True)
 class Copy(Item):
-    """A stored tensor as it is, or one expert of a stack of them."""
+    """A tensor of the source that is stored as it is, or one expert's part of a stack."""
 
-    expert: int | None = None
+    expert: int | None = None  # of the stack; None: the whole tensor
 
 
 class InPlace(Source):
-    """A directory that is being taken apart: its headers come from the state file, its files go one after another."""
+    """A directory that is being repacked in place: its files are deleted one after another, so config, index and
+    headers come from the state file."""
 
     def __init__(self, directory: Path):
         fields = json.loads((directory / STATE).read_text(encoding="utf-8"))
-        self.directory = directory
-        self.config, self.weight_map = fields["config"], fields["weight_map"]
-        self._headers = {}
+        Directory.__init__(self, directory, fields["config"], fields["weight_map"])
         for file, (data_offset, file_bytes, tensors) in fields["headers"].items():
             entries = {name: TensorEntry(name, t[0], tuple(t[1]), t[2], t[3]) for name, t in tensors.items()}
             self._headers[file] = Header(directory / file, data_offset, file_bytes, entries, {})
 
     @staticmethod
     def begin(source: Source) -> None:
+        """Writes the state file of a directory."""
         headers = {}
         for file in source.files:
             header = source.header(file)
             tensors = {e.name: [e.dtype, e.shape, e.offset, e.nbytes] for e in header.tensors.values()}
             headers[file] = [header.data_offset, header.file_bytes, tensors]
         fields = {"config": source.config, "weight_map": source.weight_map, "headers": headers}
-        write_whole(source.directory / STATE, json.dumps(fields).encode())
+        write_whole(source.path / STATE, json.dumps(fields).encode())
 
     def identity(self, file: str) -> list:
         return [self.header(file).file_bytes]
 
     def release(self, file: str) -> None:
-        (self.directory / file).unlink(missing_ok=True)
+        (self.path / file).unlink(missing_ok=True)
 
 
 def repack(directory: str | Path, target: str | Path | None, *, progress: bool = True) -> Path:
-    """Writes `directory` expert-major into `target`, or in place where that is None. Goes on where it was interrupted.
+    """Writes `directory` expert-major into `target`, or in place where that is None. Returns where it was written.
 
-    Raises MimoError; nothing is lost then, and the same call goes on.
+    A call after an interrupted one goes on where that stopped. Raises MimoError; nothing is lost then, and the same
+    call goes on.
     """
     in_place = target is None
     directory = Path(directory)
@@ -82,9 +86,9 @@ def repack(directory: str | Path, target: str | Path | None, *, progress: bool =
     source = InPlace(directory) if in_place and (directory / STATE).exists() else open_source(directory)
     ModelArgs.from_dict(source.config)
     if not isinstance(source, InPlace):
-        source.check_files()
-    plan = repack_plan(source)
-    if plan is None:
+        source.check()
+    layout = repack_layout(source)
+    if layout is None:
         (target / JOURNAL).unlink(missing_ok=True)
         return target
     if not in_place and target.exists() and any(target.iterdir()) and not (target / JOURNAL).exists():
@@ -92,17 +96,17 @@ def repack(directory: str | Path, target: str | Path | None, *, progress: bool =
     target.mkdir(parents=True, exist_ok=True)
     try:
         with DirectoryLock(target):
-            _locked(source, target, plan, in_place, progress)
+            _locked(source, target, layout, in_place, progress)
     except OSError as error:
         raise MimoError(f"{error.filename or target}: {error.strerror}; then run the same command again") from error
     return target
 
 
-def _locked(source: Source, target: Path, plan: Plan, in_place: bool, progress: bool) -> None:
+def _locked(source: Source, target: Path, layout: DirectoryLayout, in_place: bool, progress: bool) -> None:
     index = hashlib.sha256(repr(sorted(source.weight_map.items())).encode()).hexdigest()
     journal = Journal(target, {"repack": index, "config": source.config})
     try:
-        check_space(target, space_needed(source, plan, journal, in_place))
+        check_space(target, space_needed(source, layout, journal, in_place))
         if in_place and not isinstance(source, InPlace):
             InPlace.begin(source)
             source = InPlace(target)
@@ -110,16 +114,16 @@ def _locked(source: Source, target: Path, plan: Plan, in_place: bool, progress: 
             for name in ("config.json", INDEX):
                 (target / name).unlink(missing_ok=True)  # not loadable until it is done
         check_sources(source, journal)
-        reports = write_files(target, source, plan, lambda item, begin, end: _piece(source, item, begin, end),
+        reports = write_files(target, source, layout, lambda item, begin, end: _piece(source, item, begin, end),
                               journal, progress)  # fmt: skip
         if in_place:
             for file in source.files:
                 source.release(file)
-        fields = manifest.manifest_json(plan, {"repo": None, "revision": None}, reports, {})
-        config = source.config | {"mlx_mimo": {"format": manifest.FORMAT, "recipe": plan.recipe.name}}
+        fields = manifest.manifest_json(layout, {"repo": None, "revision": None}, reports, {})
+        config = source.config | {"mlx_mimo": {"format": FORMAT, "recipe": layout.recipe.name}}
         if not in_place and config.get("model_file") == BRIDGE:
             del config["model_file"]  # that file is not taken over
-        write_small_files(target, source, plan, config, fields)
+        write_small_files(target, source, layout, config, fields)
         (target / STATE).unlink(missing_ok=True)
         journal.remove()
     finally:
@@ -132,9 +136,9 @@ def _piece(source: Source, item: Copy, begin: int, end: int) -> Piece:
     return Piece(Encoded({"weight": source.read(item.source.name, begin, end)}, 0.0, 0.0))
 
 
-def space_needed(source: Source, plan: Plan, journal: Journal, in_place: bool) -> int:
-    """Bytes that must be free. In place: the most by which the new files ever exceed the old ones already deleted."""
-    left = [file for file in plan.files if file.name not in journal.finished]
+def space_needed(source: Source, layout: DirectoryLayout, journal: Journal, in_place: bool) -> int:
+    """Bytes that must be free. In place: the most by which the new files exceed the old ones deleted by then."""
+    left = [file for file in layout.files if file.name not in journal.finished]
     needed = most = 0
     for number, output in enumerate(left):
         needed += len(output.header) + output.data_bytes
@@ -146,14 +150,14 @@ def space_needed(source: Source, plan: Plan, journal: Journal, in_place: bool) -
     return most
 
 
-def repack_plan(source: Source) -> Plan | None:
+def repack_layout(source: Source) -> DirectoryLayout | None:
     """The files to write, in an order that frees old ones early; None where the directory is expert-major already.
 
-    Raises FormatError for a directory that is not mlx-lm's, or lacks experts.
+    Raises FormatError for a directory that mlx-lm did not write or that lacks experts, UsageError for an FP8 one.
     """
     names = set(source.weight_map)
     if any(name.endswith(shapes.SCALE) for name in names):
-        raise UsageError(f"{source.directory}: an FP8 checkpoint; mlx_mimo convert takes those")
+        raise UsageError(f"{source.path}: an FP8 checkpoint; mlx_mimo convert takes those")
     layers = shapes.moe_layers(source.config)
     if all(
         source.weight_map.get(f"model.layers.{n}.mlp.experts.0.up_proj.weight") == expert_file_name(n) for n in layers
@@ -168,11 +172,10 @@ def repack_plan(source: Source) -> Plan | None:
             items = tuple(_copy(entry, entry.name) for entry in rest if entry.name.startswith(shapes.MTP) == mtp)
             if items:
                 number += not mtp
-                name = "model-mtp.safetensors" if mtp else f"model-trunk-{number:05}.safetensors"
-                outputs.append(OutputFile(name, items))
+                outputs.append(OutputFile(MTP_FILE if mtp else trunk_file_name(number), items))
     place = {file: n for n, file in enumerate(source.files)}
     outputs.sort(key=lambda output: max(place[file] for file in source_names(output, source.weight_map)))
-    return Plan(Recipe("as stored", ()), tuple(outputs), source.config)
+    return DirectoryLayout(Recipe("as stored", ()), tuple(outputs), source.config)
 
 
 def _is_expert(name: str) -> bool:
@@ -202,7 +205,7 @@ def _copy(entry: TensorEntry, name: str, expert: int | None = None) -> Copy:
         raise FormatError(f"{entry.name}: dtype {entry.dtype} is not one that mlx-lm writes")
     shape = entry.shape if expert is None else entry.shape[1:]
     read = entry.shape if expert is None else (1, *shape)
-    return Copy(Shape(entry.name, read, "copy", entry.dtype), None, (Stored(name, entry.dtype, shape),), expert)
+    return Copy(Shape(entry.name, read, "copy", entry.dtype), None, (StoredTensor(name, entry.dtype, shape),), expert)
 
 
 def run(argv: list[str]) -> int:
@@ -216,7 +219,7 @@ def run(argv: list[str]) -> int:
         parser.error("one of --mlx-path and --in-place")
     directory = arguments.directory
     if not os.path.isdir(directory) and not arguments.in_place:
-        directory = open_source(directory).directory
+        directory = open_source(directory).path
     if not os.path.isdir(directory):
         parser.error(f"{directory}: no such directory")
     print(repack(directory, arguments.mlx_path, progress=not arguments.quiet))

@@ -1,7 +1,7 @@
-"""`convert repair`: mends K and V of the global layers in a quantisation that read the scale chain as flat rows.
+"""`convert repair`: mends K and V of the global layers where the converter read the scale chain as flat rows.
 
-There every weight is code · S_flat instead of code · S_chain. A group of columns lies in one scale block, so that
-multiplying its scale and bias by S_chain / S_flat puts it right; of the source only the small scale tensors are read.
+Each such weight is code · S_flat instead of code · S_chain. A group of columns lies in one scale block, so multiplying
+its scale and bias by S_chain / S_flat corrects it. Only the small scale tensors of the source are read.
 """
 
 import argparse
@@ -13,55 +13,59 @@ from pathlib import Path
 import numpy as np
 
 from mlx_mimo.checkpoint.bridge_line import sha256
-from mlx_mimo.checkpoint.recipe import Quantisation
+from mlx_mimo.checkpoint.manifest import MANIFEST
+from mlx_mimo.checkpoint.quantization import Quantization
 from mlx_mimo.checkpoint.shapes import global_layers
 from mlx_mimo.errors import FormatError, MimoError
 
 from . import fp8, manifest
 from .compute import kv_names, kv_scales
+from .converted import ConvertedSource, quantization_in
 from .journal import DirectoryLock
-from .quantise import bfloat16, from_bfloat16
+from .quantize import bfloat16, from_bfloat16
 from .remote import RemoteSource
-from .source import Source, is_repo, read_json
-from .stored import Stored
+from .source import Source, is_repo
 from .writer import flush_directory, write_whole
 
-OLD = "mlx_mimo-repair-old.bin"  # the bytes that are being replaced, until they are
+OLD = "mlx_mimo-repair-old.bin"  # the old bytes, until their replacement has been checked
 FULL_SCALE = 448
-NEAR = 0.1  # a stored weight is that far from its true value, at 2 bits and more, where it is a group's largest
+NEAR = 0.1  # the largest weight of a group is at most so far from its true value, relatively, at 2 bits and more
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One global layer. `reads` is how many cells of the chain have a largest code of 448 under each hypothesis."""
+    """How one global layer was converted.
+
+    `reads` is {map: cells of the chain whose largest code is 448 if the layer was made with that map}.
+    """
 
     layer: int
     made_with: str  # "chain" or "flat"
     cells: int
     reads: dict[str, int]
-    error_before: dict[str, float] | None = None  # "k", "v" → relative error, where the source's weights are at hand
+    error_before: dict[str, float] | None = None  # {"k" or "v": relative error}, where it was measured
     error_after: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class Change:
-    """Bytes of a file to replace."""
+    """Bytes that are to be written into a file at an offset."""
 
     file: str
     offset: int
     data: bytes
 
 
-def examine(stored: Stored, source: Source) -> list[Finding]:
-    """How each global layer was made. Raises FormatError where a layer fits neither the chain nor the flat map."""
+def examine(stored: ConvertedSource, source: Source) -> list[Finding]:
+    """A Finding for each global layer. Raises FormatError where a layer fits neither the chain nor the flat map."""
     return [_examine(stored, source, layer) for layer in global_layers(stored.config)]
 
 
-def _examine(stored: Stored, source: Source, layer: int) -> Finding:
+def _examine(stored: ConvertedSource, source: Source, layer: int) -> Finding:
     maps = kv_scales(source, source.config, layer)
     if "chain" not in maps or "flat" not in maps:
         raise FormatError(f"model.layers.{layer}: the source's K/V scales are not those of a chain; nothing to repair")
-    values = [stored.values(name, form_of(stored, name), 0, _rows(stored, name)) for name in kv_names(layer)]
+    values = [stored.values(name, quantization_of(stored, name), 0, _rows(stored, name)) for name in kv_names(layer)]
     chain = maps["chain"]
     cells = chain[0].cells.shape
     reads = {}
@@ -84,39 +88,37 @@ def _examine(stored: Stored, source: Source, layer: int) -> Finding:
 
 
 def _per_column(scales: fp8.Scales, columns: int) -> np.ndarray:
-    """(R, C) float32: every weight's scale."""
+    """(R, C) float32: the scale of every weight."""
     return scales.cells[scales.row_map][:, np.arange(columns) // fp8.BLOCK]
 
 
-def _rows(stored: Stored, name: str) -> int:
+def _rows(stored: ConvertedSource, name: str) -> int:
     return stored.entry(name).shape[0]
 
 
-def form_of(stored: Stored, name: str) -> Quantisation | None:
-    """How a weight is quantised. Raises FormatError for what cannot be mended."""
+def quantization_of(stored: ConvertedSource, name: str) -> Quantization | None:
+    """How a weight is quantised, None if it is not. Raises FormatError for a mode that cannot be mended."""
     base = name.removesuffix(".weight")
     if f"{base}.scales" not in stored.weight_map:
         return None
     fields = stored.config.get("quantization") or {}
-    form = fields.get(base) if isinstance(fields.get(base), dict) else fields
-    mode = form.get("mode", "affine")
-    if mode != "affine":
-        raise FormatError(f"{base}: {mode} has scales that are powers of two and cannot be mended; convert again")
-    return Quantisation(form["bits"], form["group_size"], mode)
+    found = quantization_in(base, fields[base] if isinstance(fields.get(base), dict) else fields)
+    if found.mode != "affine":
+        raise FormatError(f"{base}: {found.mode} has scales that are powers of two and cannot be mended; convert again")
+    return found
 
 
-def changes(stored: Stored, source: Source, layer: int) -> list[Change]:
-    """The new scales and biases of one layer's K and V; of an unquantised one, its weights."""
+def changes(stored: ConvertedSource, source: Source, layer: int) -> list[Change]:
+    """What to write for one layer: new scales and biases of its K and V, or new weights where these are unquantised."""
     found = []
     maps = kv_scales(source, source.config, layer)
     for name, chain, flat in zip(kv_names(layer), maps["chain"], maps["flat"]):
-        form = form_of(stored, name)
+        quantization = quantization_of(stored, name)
         base = name.removesuffix(".weight")
-        for part in ("scales", "biases") if form else ("weight",):
+        for part in ("scales", "biases") if quantization else ("weight",):
             entry = stored.entry(f"{base}.{part}")
-            wide = entry.shape[1] * (form.group_size if form else 1)
-            step = form.group_size if form else 1
-            right, wrong = (_per_column(scales, wide)[:, ::step] for scales in (chain, flat))
+            group = quantization.group_size if quantization else 1
+            right, wrong = (_per_column(scales, entry.shape[1] * group)[:, ::group] for scales in (chain, flat))
             ratio = np.divide(right, wrong, out=np.ones_like(right), where=wrong > 0)
             old = stored.read(entry.name)
             found.append(Change(stored.weight_map[entry.name], entry.offset, _times(old, entry.dtype, ratio)))
@@ -130,26 +132,26 @@ def _times(old: np.ndarray, dtype: str, ratio: np.ndarray) -> bytes:
     return (values.astype(np.float32) * ratio).astype(values.dtype).tobytes()
 
 
-def relative_errors(stored: Stored, source: Source, layer: int) -> dict[str, float]:
-    """{"k": relative error, "v": …} against the source read by the chain."""
+def relative_errors(stored: ConvertedSource, source: Source, layer: int) -> dict[str, float]:
+    """{"k": relative error, "v": …} of one layer, against the source read by the chain."""
     errors = {}
     for which, name, scales in zip("kv", kv_names(layer), kv_scales(source, source.config, layer)["chain"]):
-        wanted = fp8.dequantise(source.read(name), scales).astype(np.float64)
-        found = stored.values(name, form_of(stored, name), 0, _rows(stored, name))
+        wanted = fp8.dequantize(source.read(name), scales).astype(np.float64)
+        found = stored.values(name, quantization_of(stored, name), 0, _rows(stored, name))
         errors[which] = manifest.relative(float(np.square(found - wanted).sum()), float(np.square(wanted).sum()))
     return errors
 
 
 def repair(directory: str | Path, source: Source, *, measure: bool = False) -> list[Finding]:
-    """Mends `directory` in place where it has the fault; a second call finds nothing to do.
+    """Mends the layers of `directory` that were read as flat, in place. Returns a Finding for each global layer.
 
-    An interrupted repair is undone before anything else. With `measure`, errors before and after are taken from the
-    source's weights. Raises MimoError, with the old bytes in place.
+    An interrupted repair is undone first. `measure` adds the errors before and after, for which the source's weights
+    are read. Raises MimoError; the old bytes are in place then.
     """
     directory = Path(directory)
     with DirectoryLock(directory):
         restore(directory)
-        stored = Stored(directory)
+        stored = ConvertedSource(directory)
         findings = examine(stored, source)
         faulty = [finding for finding in findings if finding.made_with == "flat"]
         layers = {finding.layer for finding in faulty}
@@ -171,7 +173,7 @@ def repair(directory: str | Path, source: Source, *, measure: bool = False) -> l
 
 
 def replace_bytes(directory: Path, todo: list[Change]) -> None:
-    """Saves what stands there, flushes it, and only then writes."""
+    """Makes the changes, after saving the old bytes to the disk, from which `restore` puts them back."""
     rows, old = [], []
     for change in todo:
         with open(directory / change.file, "rb") as file:
@@ -185,7 +187,7 @@ def replace_bytes(directory: Path, todo: list[Change]) -> None:
 
 
 def restore(directory: Path) -> bool:
-    """Puts the old bytes back where a repair was interrupted. Returns whether there were any."""
+    """Undoes an interrupted repair. Returns whether there was one."""
     path = directory / OLD
     if not path.exists():
         return False
@@ -211,18 +213,17 @@ def _write(directory: Path, todo: list[Change]) -> None:
             os.close(handle)
 
 
-def _mend_manifest(stored: Stored, files: set[str], layers: set[int]) -> None:
-    path = stored.directory / manifest.NAME
-    if not path.exists():
+def _mend_manifest(stored: ConvertedSource, files: set[str], layers: set[int]) -> None:
+    if stored.manifest is None:
         return
-    fields = read_json(path)
+    fields = stored.manifest.fields
     for file in files & set(fields.get("files", {})):
-        fields["files"][file]["sha256"] = sha256(stored.directory / file)
+        fields["files"][file]["sha256"] = sha256(stored.path / file)
     for layer in layers & {int(key) for key in fields.get("kv_scales", {})}:
         fields["kv_scales"][str(layer)] |= {"map": "chain", "repaired_from": "flat"}
     for which in ("global.k_proj", "global.v_proj"):
         fields.get("relative_error", {}).pop(which, None)
-    write_whole(path, manifest.dump(fields))
+    write_whole(stored.path / MANIFEST, manifest.dump(fields))
 
 
 def run(argv: list[str]) -> int:
@@ -239,7 +240,7 @@ def run(argv: list[str]) -> int:
     remote = is_repo(arguments.source)
     source = RemoteSource(arguments.source, arguments.revision) if remote else Source(arguments.source)
     if arguments.check:
-        findings = examine(Stored(arguments.directory), source)
+        findings = examine(ConvertedSource(arguments.directory), source)
     else:
         findings = repair(arguments.directory, source, measure=arguments.measure or not remote)
     faulty = [finding for finding in findings if finding.made_with == "flat"]

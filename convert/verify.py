@@ -1,4 +1,7 @@
-"""`convert verify DIR`: is it whole, is it what its config says, and with `--deep` how far it is from the source."""
+"""`convert verify DIR`: checks that a converted directory is whole and is what its config.json says.
+
+With `--deep` it also prints how far every kind of matrix is from the source.
+"""
 
 import argparse
 import json
@@ -7,66 +10,62 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_mimo.checkpoint.bridge_line import sha256, size
-from mlx_mimo.checkpoint.layout import Item, Plan
-from mlx_mimo.checkpoint.record import expert_files
+from mlx_mimo.checkpoint.layout import DirectoryLayout, Item
+from mlx_mimo.checkpoint.manifest import MANIFEST
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import FormatError, MimoError
 
 from . import manifest
 from .compute import Computer, find_kv_maps
-from .fp8 import dequantise
+from .converted import ConvertedSource
+from .fp8 import dequantize
 from .journal import NAME as JOURNAL
-from .quantise import from_bfloat16
+from .quantize import from_bfloat16
 from .source import Source, open_source
-from .stored import Stored
 from .writer import PART, row_ranges
 
 CHUNK_BYTES = 1 << 22
 
 
 def verify(directory: str | Path) -> list[str]:
-    """Everything that is wrong with a converted directory, one line each; empty where nothing is."""
+    """The problems of a converted directory, one line each; empty where there are none."""
     directory = Path(directory)
     if (directory / JOURNAL).exists():
         return [f"{JOURNAL}: an unfinished conversion; run the same mlx_mimo convert again"]
     try:
-        stored = Stored(directory)
+        stored = ConvertedSource(directory)
         ModelArgs.from_dict(stored.config)
-        stored.check_files()
-        plan = stored.plan()
+        stored.check()
+        layout = stored.layout()
     except MimoError as error:
         return [str(error)]
     problems = [f"{path.name}: left over; delete it" for path in sorted(directory.glob("*" + PART))]
-    problems += _manifest_problems(directory, stored.manifest)
-    misshapen = [*_shape_problems(stored, plan), *_name_problems(stored)]
-    problems += misshapen or _value_problems(stored, plan)
-    problems += _kv_problems(stored)
+    problems += _manifest_problems(stored)
+    misshapen = [*_shape_problems(stored, layout), *_name_problems(stored)]
+    problems += misshapen or _value_problems(stored, layout)
     return problems
 
 
-def _manifest_problems(directory: Path, fields: dict | None) -> Iterator[str]:
-    if fields is None:
-        yield f"{manifest.NAME}: missing; sizes and sha256 cannot be checked"
+def _manifest_problems(stored: ConvertedSource) -> Iterator[str]:
+    yield from stored.manifest_problems(deep=True)
+    try:
+        manifest = stored.manifest
+    except FormatError:  # which is among the problems above
         return
-    if fields.get("format") != manifest.FORMAT or not isinstance(fields.get("files"), dict):
-        yield f"{manifest.NAME}: format {fields.get('format')!r} found, {manifest.FORMAT} expected"
+    if manifest is None:
+        yield f"{MANIFEST}: missing; sizes and sha256 cannot be checked"
         return
-    for name, wanted in fields["files"].items():
-        path = directory / name
-        if not path.is_file():
-            yield f"{name}: missing"
-        elif size(path) != wanted["bytes"]:
-            yield f"{name}: {wanted['bytes']:,} bytes expected, {size(path):,} found; convert again"
-        elif sha256(path) != wanted["sha256"]:
-            yield f"{name}: its bytes are not those that were written (sha256); convert again"
-    for path in sorted(directory.glob("model*.safetensors")):
-        if path.name not in fields["files"]:
+    for path in stored.weight_files:
+        if path.name not in manifest.files:
             yield f"{path.name}: not in the manifest, yet mlx-lm would load it"
+    for layer, found in manifest.kv_scales.items():
+        counts, cells = found.get("cells_without_448", {}), found.get("cells", 0)
+        if counts.get(found.get("map"), 0) > 0.02 * cells:
+            yield f"{MANIFEST}: layer {layer}: the K/V map {found.get('map')} leaves {counts} of {cells} scales"
 
 
-def _shape_problems(stored: Stored, plan: Plan) -> Iterator[str]:
-    for file in plan.files:
+def _shape_problems(stored: ConvertedSource, layout: DirectoryLayout) -> Iterator[str]:
+    for file in layout.files:
         for item in file.items:
             for want in item.stored:
                 if want.name not in stored.weight_map:
@@ -79,21 +78,21 @@ def _shape_problems(stored: Stored, plan: Plan) -> Iterator[str]:
                         f"{want.dtype} {list(want.shape)} expected from config.json"
                     )
     try:
-        expert_files(stored.directory)
+        _ = stored.expert_files  # which checks them
     except FormatError as error:
         yield str(error)
 
 
-def _name_problems(stored: Stored) -> Iterator[str]:
+def _name_problems(stored: ConvertedSource) -> Iterator[str]:
     for file in stored.files:
         for name in stored.header(file).tensors:
             if stored.weight_map.get(name) != file:
                 yield f"{file}: {name} is not in the index"
 
 
-def _value_problems(stored: Stored, plan: Plan) -> Iterator[str]:
-    """Scales, biases and everything else that is a float must be finite."""
-    for file in plan.files:
+def _value_problems(stored: ConvertedSource, layout: DirectoryLayout) -> Iterator[str]:
+    """Tensors of floats, scales and biases among them, with values that are not finite."""
+    for file in layout.files:
         for item in file.items:
             for tensor in item.stored:
                 dtype = stored.entry(tensor.name).dtype
@@ -116,28 +115,20 @@ def _rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step))
 
 
-def _kv_problems(stored: Stored) -> Iterator[str]:
-    maps = (stored.manifest or {}).get("kv_scales")
-    for layer, found in (maps or {}).items():
-        counts, cells = found.get("cells_without_448", {}), found.get("cells", 0)
-        if counts.get(found.get("map"), 0) > 0.02 * cells:
-            yield f"{manifest.NAME}: layer {layer}: the K/V map {found.get('map')} leaves {counts} of {cells} scales"
-
-
 def compare(directory: str | Path, source: Source) -> list[dict]:
-    """How far every matrix is from the source: [{layer, kind, relative_error}], by layer and kind."""
-    stored = Stored(directory)
-    plan = stored.plan()
+    """[{"layer", "kind", "relative_error"}]: how far the matrices are from the source's, by layer and kind."""
+    stored = ConvertedSource(directory)
+    layout = stored.layout()
     computer = Computer(source, source.config, find_kv_maps(source, source.config, _known_map(stored)))
     totals: dict[tuple, list[float]] = {}
-    for file in plan.files:
+    for file in layout.files:
         for item in file.items:
             if len(item.source.shape) != 2:
                 continue
             total = totals.setdefault((_layer(item), item.source.kind), [0.0, 0.0])
             for begin, end in row_ranges(item):
                 wanted = _source_values(computer, item, begin, end).astype(np.float64)
-                found = stored.values(item.source.name, item.quantisation, begin, end)
+                found = stored.values(item.source.name, item.quantization, begin, end)
                 total[0] += float(np.square(found - wanted).sum())
                 total[1] += float(np.square(wanted).sum())
     return [
@@ -146,13 +137,13 @@ def compare(directory: str | Path, source: Source) -> list[dict]:
     ]
 
 
-def _known_map(stored: Stored) -> str | None:
-    maps = {found["map"] for found in ((stored.manifest or {}).get("kv_scales") or {}).values()}
+def _known_map(stored: ConvertedSource) -> str | None:
+    maps = {found["map"] for found in stored.manifest.kv_scales.values()} if stored.manifest else set()
     return maps.pop() if len(maps) == 1 and maps <= {"chain", "flat"} else None
 
 
 def _layer(item: Item) -> int:
-    """−1 for what lies in no layer; layers of multi-token prediction count on their own."""
+    """The layer's number; −1 for a tensor of no layer. Layers of multi-token prediction are counted from 0 again."""
     parts = item.source.name.split(".")
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
 
@@ -161,12 +152,12 @@ def _source_values(computer: Computer, item: Item, begin: int, end: int) -> np.n
     name = item.source.name
     raw, dtype = computer.source.read(name, begin, end), computer.source.entry(name).dtype
     if dtype == "F8_E4M3":
-        return dequantise(raw, computer.scales(name).rows(begin, end))
+        return dequantize(raw, computer.scales(name).rows(begin, end))
     return from_bfloat16(raw) if dtype == "BF16" else raw
 
 
 def error_table(rows: list[dict]) -> str:
-    """Kinds down, with the smallest, largest and mean error over their layers."""
+    """A table of text: for each kind of matrix the mean, smallest and largest error over its layers."""
     kinds: dict[str, list[float]] = {}
     for row in rows:
         kinds.setdefault(row["kind"], []).append(row["relative_error"])

@@ -15,7 +15,7 @@ from mlx_mimo.checkpoint import shapes
 from mlx_mimo.checkpoint.layout import Item, OutputFile
 from mlx_mimo.errors import MimoError
 
-from .quantise import Encoded
+from .quantize import Encoded
 
 PART = ".part"
 STAGED = "fetched-"  # before the name of a file that was fetched and will be deleted: no model*.safetensors
@@ -157,7 +157,7 @@ def write_file(
             parts = piece.encoded.parts
             writer.write(parts["weight"])
             rest.append([parts[name].tobytes() for name in ("scales", "biases") if name in parts])
-            if item.quantisation or item.source.dtype == "F8_E4M3":
+            if item.quantization or item.source.dtype == "F8_E4M3":
                 total = errors.setdefault(item.source.kind, [0.0, 0.0])
                 total[0] += piece.encoded.squared_error
                 total[1] += piece.encoded.squared_weight

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from mlx_mimo.checkpoint import shapes
-from mlx_mimo.checkpoint.layout import make_plan
+from mlx_mimo.checkpoint.layout import layout_of
 from mlx_mimo.checkpoint.recipe import named
 from mlx_mimo.config import released
 from mlx_mimo.convert import manifest
@@ -28,14 +28,14 @@ def write_release(directory: Path, recipe: str = "4bit") -> None:
     wanted = shapes.trunk_shapes(config)
     for layer in shapes.moe_layers(config):
         wanted += shapes.expert_shapes(config, layer)
-    plan = make_plan(config, [shape.name for shape in wanted], named(recipe))
+    layout = layout_of(config, [shape.name for shape in wanted], named(recipe))
     directory.mkdir()
-    for output in plan.files:
+    for output in layout.files:
         with open(directory / output.name, "wb") as file:
             file.write(output.header)
             file.truncate(len(output.header) + sum(stored.nbytes for item in output.items for stored in item.stored))
-    (directory / "model.safetensors.index.json").write_bytes(manifest.dump(manifest.index_json(plan)))
-    (directory / "config.json").write_bytes(manifest.dump(manifest.config_json(plan)))
+    (directory / "model.safetensors.index.json").write_bytes(manifest.dump(manifest.index_json(layout)))
+    (directory / "config.json").write_bytes(manifest.dump(manifest.config_json(layout)))
 
 
 def times(command: list[str], repeats: int) -> tuple[float, float]:

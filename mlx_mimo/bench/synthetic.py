@@ -79,26 +79,27 @@ def parameters(config: dict) -> int:
 def write_synthetic(directory: Path, config: dict, recipe: str, seed: int = 0) -> None:
     """Writes a converted directory of random weights. Raises MimoError where the disk is full."""
     from ..checkpoint import shapes
-    from ..checkpoint.layout import make_plan
+    from ..checkpoint.index import INDEX
+    from ..checkpoint.layout import layout_of
     from ..checkpoint.recipe import named
     from ..convert import manifest
 
     wanted = shapes.trunk_shapes(config)
     for layer in shapes.moe_layers(config):
         wanted += shapes.expert_shapes(config, layer)
-    plan = make_plan(config, [shape.name for shape in wanted], named(recipe))
+    layout = layout_of(config, [shape.name for shape in wanted], named(recipe))
     generator = np.random.default_rng(seed)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for output in plan.files:
+        for output in layout.files:
             with open(directory / output.name, "wb") as file:
                 file.write(output.header)
                 for item in output.items:
                     for data in _random(item, generator):
                         file.write(data)
-        (directory / "model.safetensors.index.json").write_bytes(manifest.dump(manifest.index_json(plan)))
+        (directory / INDEX).write_bytes(manifest.dump(manifest.index_json(layout)))
         _write_tokenizer(directory, config["vocab_size"])
-        (directory / "config.json").write_bytes(manifest.dump(manifest.config_json(plan)))
+        (directory / "config.json").write_bytes(manifest.dump(manifest.config_json(layout)))
     except OSError as error:
         raise MimoError(
             f"{directory}: cannot be written: {error.strerror or error}; make room and try again"
@@ -108,7 +109,7 @@ def write_synthetic(directory: Path, config: dict, recipe: str, seed: int = 0) -
 def _random(item, generator: np.random.Generator) -> list[bytes]:
     """The stored tensors of one weight, of the size that keeps activations near 1."""
     shape, kind = item.source.shape, item.source.kind
-    if item.quantisation is None:
+    if item.quantization is None:
         if len(shape) == 1 and kind in ("norm", "mtp.norm"):
             values = np.ones(shape, np.float32)
         elif len(shape) == 1:
@@ -116,7 +117,7 @@ def _random(item, generator: np.random.Generator) -> list[bytes]:
         else:
             values = generator.standard_normal(shape, np.float32) / sqrt(shape[-1])
         return [_stored(values, item.stored[0].dtype)]
-    chosen = item.quantisation
+    chosen = item.quantization
     codes = generator.integers(0, 2**32, size=item.stored[0].shape, dtype=np.uint32).tobytes()
     if chosen.mode == "mxfp4":  # codes of e2m1 are about 2.8 in size
         exponent = 127 + round(np.log2(1 / (2.8 * sqrt(shape[-1]))))

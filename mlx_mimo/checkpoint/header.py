@@ -1,4 +1,4 @@
-"""Safetensors headers, checked before anything is believed.
+"""Safetensors headers, checked when they are read.
 
 A safetensors file is 8 bytes of little-endian header length, that many bytes of JSON (name → dtype, shape,
 data_offsets), then the data, which the tensors must cover without gap or overlap
@@ -12,7 +12,7 @@ from functools import partial
 from math import prod
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import FormatError
 
@@ -49,6 +49,8 @@ class TensorEntry(NamedTuple):  # of which the released model has 109,000
 
 @dataclass(frozen=True)
 class Header:
+    """The header of one safetensors file."""
+
     path: Path
     data_offset: int  # first byte of the data, counted from the start of the file
     file_bytes: int  # what the header says the file's size is
@@ -56,7 +58,7 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_header(path: str | os.PathLike) -> Header:
+def read_header(path: str | os.PathLike[str]) -> Header:
     """The checked header of a local file.
 
     Raises FormatError, beginning with the file's name, for anything that is not a whole safetensors file.
@@ -80,7 +82,7 @@ def read_header(path: str | os.PathLike) -> Header:
 
 
 def check_length(path: Path, prefix: bytes, file_bytes: int | None) -> int:
-    """The header's length from the file's first 8 bytes, if such a header can be."""
+    """The header's length in bytes, from the file's first 8 bytes. Raises FormatError for an impossible length."""
     length = int.from_bytes(prefix[:8], "little")
     limit = MAX_HEADER_BYTES if file_bytes is None else min(MAX_HEADER_BYTES, file_bytes - 8)
     if not 2 <= length <= limit:
@@ -90,8 +92,11 @@ def check_length(path: Path, prefix: bytes, file_bytes: int | None) -> int:
     return length
 
 
-def parse_header(path: str | os.PathLike, text: bytes, file_bytes: int | None) -> Header:
-    """A header from its JSON bytes. `file_bytes`, where known, must be what the offsets add up to."""
+def parse_header(path: str | os.PathLike[str], text: bytes, file_bytes: int | None) -> Header:
+    """The checked header in its JSON bytes. `file_bytes`, where known, must be what the offsets add up to.
+
+    Raises FormatError, beginning with the file's name.
+    """
     path = Path(path)
     try:
         fields = _fields(path, text)
@@ -115,10 +120,10 @@ def parse_header(path: str | os.PathLike, text: bytes, file_bytes: int | None) -
 
 
 def _fields(path: Path, text: bytes) -> object:
-    """The JSON of a header in which no key stands twice.
+    """The parsed JSON of a header. Raises FormatError where a key stands twice, and ValueError for what is not JSON.
 
-    Python's own way to see that costs a call for each tensor. Counting tells it sooner: a key that stood twice would be
-    in the text more often than among the parsed ones. Where the counts leave a doubt, the slow way decides.
+    json's own hook for duplicate keys costs a call for each tensor. Counting is faster: a duplicate key is in the text
+    more often than among the parsed keys. Where the counts differ for another reason, the hook decides.
     """
     fields = json.loads(text.decode("utf-8"))
     if isinstance(fields, dict) and b"\\" not in text:  # which could spell a key in another way
@@ -136,7 +141,7 @@ def _fields(path: Path, text: bytes) -> object:
     return json.loads(text.decode("utf-8"), object_pairs_hook=partial(_unique, path))
 
 
-def _unique(path: Path, pairs: list) -> dict:
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         names = [name for name, _ in pairs]
@@ -146,7 +151,7 @@ def _unique(path: Path, pairs: list) -> dict:
 
 
 def _are_sizes(values: object) -> bool:
-    """A list of whole numbers; a bool is none. Written for speed: the released model has 109,000 tensors."""
+    """Whether it is a list of ints from 0; bools do not count. Fast, since the released model has 109,000 tensors."""
     if type(values) is not list:
         return False
     return not values or (set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 1 << 63)
@@ -158,7 +163,7 @@ def _entry(path: Path, name: str, field: object, start: int) -> TensorEntry:
     dtype, shape, offsets = field.get("dtype"), field.get("shape"), field.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise FormatError(f"{path.name}: {name}: unknown dtype {dtype!r}")
-    # Both in one call where both are lists; which of them is wrong matters only once one is.
+    # One call for both, which is faster; which of them is wrong is asked only when one is.
     if not (type(shape) is type(offsets) is list and len(offsets) == 2 and _are_sizes(shape + offsets)):
         if not _are_sizes(shape):
             raise FormatError(f"{path.name}: {name}: shape {shape!r} is not a list of sizes")
@@ -173,6 +178,7 @@ def _entry(path: Path, name: str, field: object, start: int) -> TensorEntry:
 
 
 def _check_cover(path: Path, tensors: dict[str, TensorEntry], start: int) -> int:
+    """Where the data end. Raises FormatError where the tensors leave a gap or overlap."""
     end = start
     for entry in sorted(tensors.values(), key=itemgetter(3, 4)):  # offset, nbytes
         if entry.offset != end:

@@ -1,24 +1,14 @@
-"""How the matrices of an expert record are packed, read off their shapes."""
-
-from dataclasses import dataclass
+"""How the matrices of an expert record are quantised, read off their shapes."""
 
 from ..errors import FormatError
-from .record import PROJECTIONS, RecordLayout
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a projection's weights are packed, in MLX's words."""
-
-    bits: int
-    group_size: int
-    mode: str
+from .quantization import AFFINE_BITS, AFFINE_GROUPS, Quantization
+from .record import PROJECTIONS, RecordLayout, RecordTensor
 
 
 def quantizations(layout: RecordLayout, hidden_size: int) -> dict[str, Quantization | None]:
-    """Each projection's packing, read off the record's shapes; None for one that is not quantised.
+    """{projection: its quantization, or None where it is not quantised}, read off the record's shapes.
 
-    Raises FormatError where the shapes fit no packing or not the model.
+    Raises FormatError where the shapes fit no quantization, or belong to a model of another size.
     """
     tensors = {tensor.name: tensor for tensor in layout.tensors}
     for projection in PROJECTIONS:
@@ -40,13 +30,15 @@ def quantizations(layout: RecordLayout, hidden_size: int) -> dict[str, Quantizat
     return found
 
 
-def _packing(weight, scales, biases, width: int) -> Quantization | None:
+def _packing(
+    weight: RecordTensor, scales: RecordTensor, biases: RecordTensor | None, width: int
+) -> Quantization | None:
     columns, groups = weight.shape[-1] * 32, scales.shape[-1]
     if weight.dtype != "U32" or columns % width or width % groups:
         return None
     bits, group_size = columns // width, width // groups
     if biases:
-        valid = bits in (2, 3, 4, 5, 6, 8) and group_size in (32, 64, 128)
+        valid = bits in AFFINE_BITS and group_size in AFFINE_GROUPS
         return Quantization(bits, group_size, "affine") if valid else None
     mode = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}.get((bits, group_size))
     return Quantization(bits, group_size, mode) if mode else None

@@ -1,43 +1,24 @@
 """Recipes: which tensor is stored with how many bits.
 
 A recipe is an ordered list of rules over module paths such as `model.layers.3.mlp.experts.gate_proj` (all experts of
-a layer are one path); the first that matches decides. What no rule names, or is no matrix, is kept as it is.
+a layer are one path); the first that matches decides. A matrix that no rule matches is kept in bfloat16, and what is
+not a matrix is kept as it is.
 """
 
 import fnmatch
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
-
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-AFFINE_GROUPS = (32, 64, 128)
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How a matrix is stored, as `mx.quantize` takes it."""
-
-    bits: int
-    group_size: int
-    mode: str = "affine"
-
-    def as_json(self) -> dict:
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-
-    @property
-    def bits_per_weight(self) -> float:
-        return self.bits + (32 if self.mode == "affine" else 8) / self.group_size
-
-    def __str__(self) -> str:
-        return self.mode if self.mode != "affine" else f"{self.bits}-bit group {self.group_size}"
+from .quantization import Quantization, checked_quantization
 
 
 @dataclass(frozen=True)
 class Rule:
     pattern: str
-    quantisation: Quantisation | None  # None: kept in bfloat16
+    quantization: Quantization | None  # None: kept in bfloat16
 
 
 @dataclass(frozen=True)
@@ -45,59 +26,44 @@ class Recipe:
     name: str
     rules: tuple[Rule, ...]
 
-    def of(self, path: str) -> Quantisation | None:
+    def of(self, path: str) -> Quantization | None:
+        """How the matrix at a module path is stored; None means in bfloat16."""
         for rule in self.rules:
             if fnmatch.fnmatchcase(path, rule.pattern):
-                return rule.quantisation
+                return rule.quantization
         return None
 
-    def as_json(self) -> dict:
-        rules = [[rule.pattern, rule.quantisation.as_json() if rule.quantisation else None] for rule in self.rules]
+    def as_json(self) -> dict[str, Any]:
+        rules = [[rule.pattern, rule.quantization.as_json() if rule.quantization else None] for rule in self.rules]
         return {"name": self.name, "rules": rules}
 
 
-def quantisation(bits: int, group_size: int | None = None, mode: str = "affine", where: str = "") -> Quantisation:
-    """Checked. Raises UsageError, beginning with `where`."""
-    if mode == "mxfp4":
-        if bits not in (4, None) or group_size not in (32, None):
-            raise UsageError(f"{where}mxfp4 has 4 bits and groups of 32")
-        return Quantisation(4, 32, mode)
-    if mode != "affine":
-        raise UsageError(f"{where}mode {mode!r}: affine or mxfp4 expected")
-    group_size = 64 if group_size is None else group_size
-    if bits not in AFFINE_BITS:
-        raise UsageError(f"{where}{bits!r} bits: one of {', '.join(map(str, AFFINE_BITS))} expected")
-    if group_size not in AFFINE_GROUPS:
-        raise UsageError(f"{where}group size {group_size!r}: one of {', '.join(map(str, AFFINE_GROUPS))} expected")
-    return Quantisation(bits, group_size, mode)
-
-
-_REST = Rule("*", Quantisation(8, 64))
-# {name: (gate and up, down)} of the experts; everything else that is a matrix has 8 bits.
+_REST = Rule("*", Quantization(8, 64))
+# {recipe: (gate and up, down)} of the experts; every other matrix has 8 bits.
 _EXPERTS = {
-    "8bit": (Quantisation(8, 64),) * 2,
-    "6bit": (Quantisation(6, 64),) * 2,
-    "5bit": (Quantisation(5, 64),) * 2,
-    "4bit": (Quantisation(4, 64),) * 2,
-    "3bit": (Quantisation(3, 64),) * 2,
-    "2bit": (Quantisation(2, 64),) * 2,
-    "mixed-3-4": (Quantisation(3, 64), Quantisation(4, 64)),
-    "mixed-2-3": (Quantisation(2, 64), Quantisation(3, 64)),
-    "mxfp4": (Quantisation(4, 32, "mxfp4"),) * 2,
+    "8bit": (Quantization(8, 64),) * 2,
+    "6bit": (Quantization(6, 64),) * 2,
+    "5bit": (Quantization(5, 64),) * 2,
+    "4bit": (Quantization(4, 64),) * 2,
+    "3bit": (Quantization(3, 64),) * 2,
+    "2bit": (Quantization(2, 64),) * 2,
+    "mixed-3-4": (Quantization(3, 64), Quantization(4, 64)),
+    "mixed-2-3": (Quantization(2, 64), Quantization(3, 64)),
+    "mxfp4": (Quantization(4, 32, "mxfp4"),) * 2,
 }
 NAMES = (*_EXPERTS, "bf16")
 
 
-def _expert_rules(gate_up: Quantisation, down: Quantisation) -> tuple[Rule, ...]:
+def _expert_rules(gate_up: Quantization, down: Quantization) -> tuple[Rule, ...]:
     if gate_up == down:
         return (Rule("*.mlp.experts.*", down),)
     return Rule("*.mlp.experts.down_proj", down), Rule("*.mlp.experts.*", gate_up)
 
 
 def named(name: str, q_bits: int | None = None, q_group_size: int | None = None, q_mode: str | None = None) -> Recipe:
-    """A recipe by name or TOML file; the `q_` arguments override what it says of the experts.
+    """The recipe of a name or of a TOML file; the `q_` arguments override what a named recipe does with the experts.
 
-    Raises UsageError for a name that is none.
+    Raises UsageError where `name` is neither, or where the arguments do not go with it.
     """
     if name.endswith(".toml"):
         if q_bits or q_group_size or q_mode:
@@ -112,16 +78,19 @@ def named(name: str, q_bits: int | None = None, q_group_size: int | None = None,
     base = _EXPERTS[name][0]
     mode = q_mode or ("affine" if q_bits else base.mode)
     if mode == "mxfp4":
-        chosen = quantisation(q_bits or 4, q_group_size, mode)
+        chosen = checked_quantization(q_bits or 4, q_group_size, mode)
         return Recipe("mxfp4", (*_expert_rules(chosen, chosen), _REST))
-    chosen = quantisation(q_bits or base.bits, q_group_size or 64, mode)
-    rest = Rule("*", quantisation(8, q_group_size or 64))
+    chosen = checked_quantization(q_bits or base.bits, q_group_size or 64, mode)
+    rest = Rule("*", checked_quantization(8, q_group_size or 64))
     label = f"{chosen.bits}bit" if chosen.group_size == 64 else f"{chosen.bits}bit-g{chosen.group_size}"
     return Recipe(label, (*_expert_rules(chosen, chosen), rest))
 
 
 def from_toml(path: Path) -> Recipe:
-    """A file of `[[rule]]` tables: `pattern`, and `bits`, `group_size`, `mode`, or `keep = true`."""
+    """The recipe in a file of `[[rule]]` tables: `pattern`, and `bits`, `group_size`, `mode`, or `keep = true`.
+
+    Raises UsageError naming the file and the rule.
+    """
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -134,7 +103,7 @@ def from_toml(path: Path) -> Recipe:
     return Recipe(path.stem, tuple(_toml_rule(path, number, table) for number, table in enumerate(tables, 1)))
 
 
-def _toml_rule(path: Path, number: int, table: dict) -> Rule:
+def _toml_rule(path: Path, number: int, table: dict[str, Any]) -> Rule:
     where = f"{path.name}: rule {number}: "
     unknown = set(table) - {"pattern", "bits", "group_size", "mode", "keep"}
     if unknown:
@@ -148,4 +117,4 @@ def _toml_rule(path: Path, number: int, table: dict) -> Rule:
         return Rule(pattern, None)
     mode = table.get("mode", "affine")
     bits = table.get("bits", 4 if mode == "mxfp4" else None)
-    return Rule(pattern, quantisation(bits, table.get("group_size"), mode, where))
+    return Rule(pattern, checked_quantization(bits, table.get("group_size"), mode, where))

@@ -6,11 +6,12 @@ records in order, so that one positional read fetches an expert. `convert` write
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FormatError
-from .header import Header, read_header
+from .header import Header, TensorEntry, read_header
 
 ALIGNMENT = 16384  # expert 0 begins on a page of Apple silicon; readers assume no alignment
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -53,7 +54,7 @@ class RecordLayout:
 
     @classmethod
     def of(cls, tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> "RecordLayout":
-        """From {name in TENSOR_ORDER: (dtype, shape, nbytes)}; mxfp4, say, has no biases."""
+        """The layout of the given tensors: {name in TENSOR_ORDER: (dtype, shape, nbytes)}. mxfp4 has no biases."""
         rows, offset = [], 0
         for name in TENSOR_ORDER:
             if name in tensors:
@@ -74,13 +75,14 @@ class ExpertFile:
     layout: RecordLayout
 
     def offset(self, expert: int) -> int:
+        """The first byte of an expert's record, counted from the start of the file. Raises IndexError."""
         if not 0 <= expert < self.num_experts:
             raise IndexError(f"expert {expert} of {self.num_experts} in {self.path.name}")
         return self.data_offset + expert * self.layout.nbytes
 
 
-def open_expert_file(path: str | os.PathLike) -> ExpertFile:
-    """Checks a layer's file against the format. Raises FormatError naming the file and the tensor."""
+def open_expert_file(path: str | os.PathLike[str]) -> ExpertFile:
+    """The ExpertFile of a path, checked against the format. Raises FormatError naming the file and the tensor."""
     path = Path(path)
     match = _FILE.fullmatch(path.name)
     if not match:
@@ -89,9 +91,9 @@ def open_expert_file(path: str | os.PathLike) -> ExpertFile:
 
 
 def expert_file_of(header: Header, layer: int) -> ExpertFile:
-    """The records that a checked header describes."""
+    """The ExpertFile that a header describes. Raises FormatError naming the file and the tensor."""
     path = header.path
-    experts: dict[int, dict] = {}
+    experts: dict[int, dict[str, TensorEntry]] = {}
     for entry in header.tensors.values():
         match = _NAME.fullmatch(entry.name)
         if not match or int(match[1]) != layer:
@@ -119,11 +121,19 @@ def expert_file_of(header: Header, layer: int) -> ExpertFile:
     return file
 
 
-def expert_files(directory: str | os.PathLike) -> dict[int, ExpertFile]:
-    """{layer: ExpertFile} of a converted directory; empty where it holds none."""
-    found = {}
-    for path in sorted(Path(directory).glob("model-experts-*.safetensors")):
-        if _FILE.fullmatch(path.name):
-            file = open_expert_file(path)
-            found[file.layer] = file
-    return dict(sorted(found.items()))
+def expert_files(
+    directory: str | os.PathLike[str], header: Callable[[str], Header] | None = None
+) -> dict[int, ExpertFile]:
+    """{layer: ExpertFile} of a converted directory; empty where it holds none.
+
+    `header` returns the header of a file by its name; by default it is read from `directory`. Raises FormatError for a
+    file that is not whole or not in the format of records.
+    """
+    folder = Path(directory)
+    names = {
+        int(match[1]): path.name
+        for path in folder.glob("model-experts-*.safetensors")
+        if (match := _FILE.fullmatch(path.name))
+    }
+    read = header or (lambda name: read_header(folder / name))
+    return {layer: expert_file_of(read(name), layer) for layer, name in sorted(names.items())}

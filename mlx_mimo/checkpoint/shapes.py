@@ -1,11 +1,14 @@
-"""Which tensors a MiMo-V2-Flash checkpoint has, and their shapes: from config.json alone."""
+"""The tensors of a MiMo-V2-Flash checkpoint and their shapes, from config.json alone."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import FormatError
 
 SCALE = "_scale_inv"  # appended to a weight's name
-MTP = "model.mtp."
+MTP = "model.mtp."  # at the beginning of the names of multi-token prediction
+
+Config = dict[str, Any]  # the fields of config.json
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,16 @@ class Heads:
     v_head_dim: int
 
 
-def size(config: dict, field: str) -> int:
+def size(config: Config, field: str) -> int:
+    """A field that must be a positive whole number. Raises FormatError naming it."""
     value = config.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise FormatError(f"config.json: {field} is {value!r}, a positive whole number expected")
     return value
 
 
-def layer_flags(config: dict, field: str) -> list[int]:
-    """A list of 0 and 1 with one entry a layer."""
+def layer_flags(config: Config, field: str) -> list[int]:
+    """A field that must be a list of 0 and 1 with one entry a layer. Raises FormatError naming it."""
     layers = size(config, "num_hidden_layers")
     flags = config.get(field)
     if not isinstance(flags, list) or len(flags) != layers or any(flag not in (0, 1) for flag in flags):
@@ -44,22 +48,22 @@ def layer_flags(config: dict, field: str) -> list[int]:
     return flags
 
 
-def heads_of(config: dict, sliding: bool) -> Heads:
+def heads_of(config: Config, sliding: bool) -> Heads:
     prefix = "swa_" if sliding else ""
     names = ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim")
     return Heads(*(size(config, prefix + name) for name in names))
 
 
-def global_layers(config: dict) -> list[int]:
+def global_layers(config: Config) -> list[int]:
     return [layer for layer, sliding in enumerate(layer_flags(config, "hybrid_layer_pattern")) if not sliding]
 
 
-def moe_layers(config: dict) -> list[int]:
+def moe_layers(config: Config) -> list[int]:
     return [layer for layer, moe in enumerate(layer_flags(config, "moe_layer_freq")) if moe]
 
 
-def trunk_shapes(config: dict) -> list[Shape]:
-    """All that is neither an expert nor multi-token prediction, in the order in which a forward pass needs it."""
+def trunk_shapes(config: Config) -> list[Shape]:
+    """The trunk's tensors, in the order in which a forward pass needs them."""
     hidden, vocabulary = size(config, "hidden_size"), size(config, "vocab_size")
     shapes = [Shape("model.embed_tokens.weight", (vocabulary, hidden), "embed_tokens", "BF16")]
     moe = set(moe_layers(config))
@@ -82,8 +86,8 @@ def trunk_shapes(config: dict) -> list[Shape]:
     return shapes
 
 
-def expert_shapes(config: dict, layer: int) -> list[Shape]:
-    """The experts of one layer, one after another."""
+def expert_shapes(config: Config, layer: int) -> list[Shape]:
+    """The tensors of one layer's experts, one expert after another."""
     shapes = []
     for expert in range(size(config, "n_routed_experts")):
         prefix = f"model.layers.{layer}.mlp.experts.{expert}"
@@ -91,8 +95,8 @@ def expert_shapes(config: dict, layer: int) -> list[Shape]:
     return shapes
 
 
-def mtp_shapes(config: dict, layer: int) -> list[Shape]:
-    """One layer of multi-token prediction."""
+def mtp_shapes(config: Config, layer: int) -> list[Shape]:
+    """The tensors of one layer of multi-token prediction."""
     hidden, prefix = size(config, "hidden_size"), f"{MTP}layers.{layer}"
     norms = ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")
     sinks = bool(config.get("add_swa_attention_sink_bias"))

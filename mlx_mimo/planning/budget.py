@@ -13,10 +13,10 @@ from . import backend
 
 if TYPE_CHECKING:
     from ..checkpoint.header import TensorEntry
-    from ..checkpoint.layout import Stored
+    from ..checkpoint.layout import StoredTensor
     from ..checkpoint.recipe import Recipe
 
-    Tensor = Stored | TensorEntry
+    Tensor = StoredTensor | TensorEntry
 
 FLOOR_BYTES = 4 * GB  # left to the system and its page cache: speed falls when both starve (docs/RESIDENCY.md)
 CONTEXT = 32768  # tokens of KV cache that `auto` leaves room for
@@ -113,7 +113,7 @@ def measure(directory: Path, args: ModelArgs, context: int, chunk: int, *item: i
 def estimate(config: dict, recipe: "Recipe", args: ModelArgs, context: int, chunk: int, *item: int) -> Budget:
     """The budget that converting a checkpoint of this config.json by `recipe` would give; nothing is read for it."""
     from ..checkpoint import shapes
-    from ..checkpoint.layout import make_plan
+    from ..checkpoint.layout import layout_of
 
     # A plan with one expert a layer: experts, and a router's rows, are as many times that.
     small = dict(config) | {"n_routed_experts": 1}
@@ -121,7 +121,7 @@ def estimate(config: dict, recipe: "Recipe", args: ModelArgs, context: int, chun
     for layer in shapes.moe_layers(small):
         wanted += shapes.expert_shapes(small, layer)
     tensors = []
-    for file in make_plan(small, [shape.name for shape in wanted], recipe).files:
+    for file in layout_of(small, [shape.name for shape in wanted], recipe).files:
         for output in file.items:
             many = output.source.kind == "router" or output.source.kind.startswith("experts.")
             tensors += ((stored, args.n_routed_experts if many else 1) for stored in output.stored)

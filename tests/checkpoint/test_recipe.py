@@ -2,7 +2,8 @@
 
 import pytest
 
-from mlx_mimo.checkpoint.recipe import NAMES, Quantisation, from_toml, named
+from mlx_mimo.checkpoint.quantization import Quantization
+from mlx_mimo.checkpoint.recipe import NAMES, from_toml, named
 from mlx_mimo.errors import UsageError
 
 UP, DOWN = "model.layers.1.mlp.experts.up_proj", "model.layers.1.mlp.experts.down_proj"
@@ -11,8 +12,8 @@ HEAD = "lm_head"
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "bf16"])
 def test_what_is_no_expert_keeps_8_bits(name):
-    assert named(name).of(HEAD) == Quantisation(8, 64)
-    assert named(name).of("model.layers.0.mlp.gate_proj") == Quantisation(8, 64)
+    assert named(name).of(HEAD) == Quantization(8, 64)
+    assert named(name).of("model.layers.0.mlp.gate_proj") == Quantization(8, 64)
 
 
 @pytest.mark.parametrize(
@@ -20,20 +21,20 @@ def test_what_is_no_expert_keeps_8_bits(name):
     [("4bit", 4, 4), ("6bit", 6, 6), ("5bit", 5, 5), ("mixed-3-4", 3, 4), ("mixed-2-3", 2, 3), ("2bit", 2, 2)],
 )
 def test_named(name, up, down):
-    assert named(name).of(UP) == Quantisation(up, 64)
-    assert named(name).of(DOWN) == Quantisation(down, 64)
+    assert named(name).of(UP) == Quantization(up, 64)
+    assert named(name).of(DOWN) == Quantization(down, 64)
 
 
 def test_bf16_and_mxfp4():
     assert named("bf16").of(UP) is None
-    assert named("mxfp4").of(UP) == Quantisation(4, 32, "mxfp4")
+    assert named("mxfp4").of(UP) == Quantization(4, 32, "mxfp4")
 
 
 def test_flags_set_the_experts():
     recipe = named("4bit", q_bits=3, q_group_size=32)
-    assert recipe.of(UP) == Quantisation(3, 32)
-    assert recipe.of(HEAD) == Quantisation(8, 32)
-    assert named("4bit", q_mode="mxfp4").of(DOWN) == Quantisation(4, 32, "mxfp4")
+    assert recipe.of(UP) == Quantization(3, 32)
+    assert recipe.of(HEAD) == Quantization(8, 32)
+    assert named("4bit", q_mode="mxfp4").of(DOWN) == Quantization(4, 32, "mxfp4")
 
 
 def test_first_matching_rule_of_a_file_decides(tmp_path):
@@ -46,8 +47,8 @@ def test_first_matching_rule_of_a_file_decides(tmp_path):
     recipe = from_toml(path)
     assert recipe.name == "mine"
     assert recipe.of(UP) is None
-    assert recipe.of(DOWN.replace("1", "2")) == Quantisation(5, 32)
-    assert recipe.of(UP.replace("1", "2")) == Quantisation(4, 32, "mxfp4")
+    assert recipe.of(DOWN.replace("1", "2")) == Quantization(5, 32)
+    assert recipe.of(UP.replace("1", "2")) == Quantization(4, 32, "mxfp4")
     assert recipe.of(HEAD) is None
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from mlx_mimo.convert import convert_checkpoint, quantise, writer
+from mlx_mimo.convert import convert_checkpoint, quantize, writer
 
 
 def _half(file_writer: writer.FileWriter, data) -> None:
@@ -64,7 +64,7 @@ def attempt(source: Path, target: Path, call: int) -> bool:
 
 def main() -> None:
     source, root, rounds, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    quantise.kernels_available()  # imported once, before the forks
+    quantize.kernels_available()  # imported once, before the forks
     chance, killed = random.Random(seed), 0
     for number in range(rounds):
         while not attempt(source, root / str(number), chance.randrange(1, 60) if chance.random() < 0.5 else 500):

@@ -12,7 +12,7 @@ from damage import copy, edit, load_all
 from mlx_mimo.checkpoint.record import ALIGNMENT, expert_files
 from mlx_mimo.convert import convert_checkpoint
 from mlx_mimo.convert.__main__ import main
-from mlx_mimo.convert.quantise import bfloat16
+from mlx_mimo.convert.quantize import bfloat16
 
 
 def stored_value(tensors: dict, name: str, quantization: dict) -> np.ndarray:

@@ -20,7 +20,7 @@ def way(request, monkeypatch):
 def test_dequantises_exactly_with_partial_blocks(way, shape):
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     codes, cells = checkpoints.quantise(weight)
-    values = fp8.dequantise(codes, fp8.aligned("w", shape, cells))
+    values = fp8.dequantize(codes, fp8.aligned("w", shape, cells))
     np.testing.assert_array_equal(values, checkpoints.dequantise(codes, cells))
 
 
@@ -28,8 +28,8 @@ def test_rows_from_the_middle_keep_their_scales(way):
     weight = np.random.default_rng(0).standard_normal((400, 130)).astype(np.float32)
     codes, cells = checkpoints.quantise(weight)
     scales = fp8.aligned("w", weight.shape, cells)
-    part = fp8.dequantise(codes[100:300], scales.rows(100, 300))
-    np.testing.assert_array_equal(part, fp8.dequantise(codes, scales)[100:300])
+    part = fp8.dequantize(codes[100:300], scales.rows(100, 300))
+    np.testing.assert_array_equal(part, fp8.dequantize(codes, scales)[100:300])
 
 
 def test_marks_cells_with_full_scale_codes(way):

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mimo.checkpoint.recipe import Quantisation
-from mlx_mimo.convert import fp8, quantise
+from mlx_mimo.checkpoint.quantization import Quantization
+from mlx_mimo.convert import fp8, quantize
 
 pytest.importorskip("numba")
 
@@ -32,7 +32,7 @@ def as_bits(array: mx.array) -> np.ndarray:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_affine_is_bit_for_bit_mlx(bits, group):
     w = hard_weights()
-    encoded = quantise.encode(w, Quantisation(bits, group))
+    encoded = quantize.encode(w, Quantization(bits, group))
     wanted = mx.quantize(mx.array(w).astype(mx.bfloat16), group_size=group, bits=bits)
     for part, array in zip(("weight", "scales", "biases"), wanted):
         np.testing.assert_array_equal(encoded.parts[part], as_bits(array), err_msg=part)
@@ -40,17 +40,17 @@ def test_affine_is_bit_for_bit_mlx(bits, group):
 
 def test_mxfp4_is_bit_for_bit_mlx():
     w = hard_weights()
-    encoded = quantise.encode(w, Quantisation(4, 32, "mxfp4"))
+    encoded = quantize.encode(w, Quantization(4, 32, "mxfp4"))
     packed, scales = mx.quantize(mx.array(w).astype(mx.bfloat16), mode="mxfp4")
     np.testing.assert_array_equal(encoded.parts["scales"], as_bits(scales))
     np.testing.assert_array_equal(encoded.parts["weight"], as_bits(packed))
 
 
-@pytest.mark.parametrize("quantisation", [Quantisation(3, 64), Quantisation(8, 32), Quantisation(4, 32, "mxfp4"), None])
-def test_without_numba_the_bytes_and_errors_are_the_same(quantisation):
+@pytest.mark.parametrize("quantization", [Quantization(3, 64), Quantization(8, 32), Quantization(4, 32, "mxfp4"), None])
+def test_without_numba_the_bytes_and_errors_are_the_same(quantization):
     w = hard_weights()
-    by_kernel = quantise.encode(w, quantisation)
-    by_mlx = quantise._encode_mlx(w, quantisation) if quantisation else quantise.encode(w, None)
+    by_kernel = quantize.encode(w, quantization)
+    by_mlx = quantize._encode_mlx(w, quantization) if quantization else quantize.encode(w, None)
     assert by_kernel.parts.keys() == by_mlx.parts.keys()
     for part, data in by_kernel.parts.items():
         np.testing.assert_array_equal(data, by_mlx.parts[part])
@@ -60,7 +60,7 @@ def test_without_numba_the_bytes_and_errors_are_the_same(quantisation):
 
 def test_error_is_that_of_the_stored_values():
     w = hard_weights()
-    encoded = quantise.encode(w, Quantisation(4, 64))
+    encoded = quantize.encode(w, Quantization(4, 64))
     q, s, b = mx.quantize(mx.array(w).astype(mx.bfloat16), group_size=64, bits=4)
     stored = np.array(mx.dequantize(q, s.astype(mx.float32), b.astype(mx.float32), group_size=64, bits=4))
     assert encoded.squared_error == pytest.approx(np.square((stored - w).astype(np.float64)).sum(), rel=1e-5)
@@ -75,4 +75,4 @@ def test_code_values_equal_mlx():
 def test_bfloat16_rounds_as_mlx():
     values = np.random.default_rng(1).standard_normal(10000).astype(np.float32)
     values[:4] = [1 + 2**-8, 1 + 3 * 2**-8, -0.0, 3e38]
-    np.testing.assert_array_equal(quantise.bfloat16(values), as_bits(mx.array(values).astype(mx.bfloat16)))
+    np.testing.assert_array_equal(quantize.bfloat16(values), as_bits(mx.array(values).astype(mx.bfloat16)))

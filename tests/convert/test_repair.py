@@ -12,7 +12,7 @@ from mlx_mimo.convert import repair as module
 from mlx_mimo.convert.__main__ import main
 from mlx_mimo.convert.repair import OLD, examine, relative_errors, repair
 from mlx_mimo.convert.source import Source
-from mlx_mimo.convert.stored import Stored
+from mlx_mimo.convert.converted import ConvertedSource
 from mlx_mimo.convert.verify import verify
 from mlx_mimo.errors import MimoError
 
@@ -45,7 +45,7 @@ def fresh(source, tmp_path_factory):
 
 
 def errors(directory, source) -> dict:
-    return {layer: relative_errors(Stored(directory), Source(source), layer) for layer in (0, 3)}
+    return {layer: relative_errors(ConvertedSource(directory), Source(source), layer) for layer in (0, 3)}
 
 
 def test_repaired_within_2_percent_of_a_fresh_conversion(source, stock, fresh, tmp_path):
@@ -135,7 +135,7 @@ def test_over_http_only_the_scales_are_fetched(source, stock, tmp_path, monkeypa
         scales = 2 * (8 + 4) * 2 * 4  # two layers; 8 scale rows of K and 4 of V; 2 columns of float32
         sent = sum(server.sent[file] for file in ranges)
         assert sent - headers <= 3 * scales  # examined, mended, examined again
-    assert {finding.made_with for finding in examine(Stored(target), Source(source))} == {"chain"}
+    assert {finding.made_with for finding in examine(ConvertedSource(target), Source(source))} == {"chain"}
 
 
 def test_another_source_is_refused(stock, tmp_path):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_mimo.checkpoint.recipe import Quantisation
+from mlx_mimo.checkpoint.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -34,35 +34,35 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def encode(values: np.ndarray, quantisation: Quantisation | None) -> Encoded:
-    """(R, C) float32 → what is stored: their bfloat16 where `quantisation` is None, else the quantised bfloat16."""
-    if quantisation is None:
+def encode(values: np.ndarray, quantization: Quantization | None) -> Encoded:
+    """(R, C) float32 → what is stored: their bfloat16 where `quantization` is None, else the quantised bfloat16."""
+    if quantization is None:
         bits = bfloat16(values)
         return Encoded({"weight": bits}, *_errors(values, from_bfloat16(bits)))
-    return (_encode_numba if kernels_available() else _encode_mlx)(values, quantisation)
+    return (_encode_numba if kernels_available() else _encode_mlx)(values, quantization)
 
 
-def _encode_numba(values: np.ndarray, quantisation: Quantisation) -> Encoded:
+def _encode_numba(values: np.ndarray, quantization: Quantization) -> Encoded:
     from . import kernels
 
     rows, columns = values.shape
     bits_in = np.ascontiguousarray(values).view(np.uint32)
-    packed = np.empty((rows, columns * quantisation.bits // 8), np.uint8)
-    groups = (rows, columns // quantisation.group_size)
-    if quantisation.mode == "mxfp4":
+    packed = np.empty((rows, columns * quantization.bits // 8), np.uint8)
+    groups = (rows, columns // quantization.group_size)
+    if quantization.mode == "mxfp4":
         scales = np.empty(groups, np.uint8)
-        errors = kernels.quantise_mxfp4(bits_in, packed, scales)
+        errors = kernels.quantize_mxfp4(bits_in, packed, scales)
         return Encoded({"weight": packed, "scales": scales}, *errors)
     scales, biases = np.empty(groups, np.uint16), np.empty(groups, np.uint16)
-    errors = kernels.quantise_affine(bits_in, quantisation.group_size, quantisation.bits, packed, scales, biases)
+    errors = kernels.quantize_affine(bits_in, quantization.group_size, quantization.bits, packed, scales, biases)
     return Encoded({"weight": packed, "scales": scales, "biases": biases}, *errors)
 
 
-def _encode_mlx(values: np.ndarray, quantisation: Quantisation) -> Encoded:
+def _encode_mlx(values: np.ndarray, quantization: Quantization) -> Encoded:
     import mlx.core as mx
 
     weight = mx.array(bfloat16(values)).view(mx.bfloat16)
-    options = {"group_size": quantisation.group_size, "bits": quantisation.bits, "mode": quantisation.mode}
+    options = {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
     arrays = mx.quantize(weight, **options)
     wide = [arrays[0], *(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a for a in arrays[1:])]
     back = mx.dequantize(*wide, **options).astype(mx.float32)
