@@ -3,69 +3,24 @@
 import argparse
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .arguments import add_machine_arguments, given, positive_int, run
-from .checkpoint.directory import read_config
+from .checkpoint.directory import Directory
 from .config import released
 from .config.model_args import ModelArgs
 from .demo import CHECKPOINT
 from .errors import MimoError, UsageError
-from .planning.budget import CHUNK, Budget, estimate, measure, usual_context
-from .planning.forecast import (
-    DISK_USED,
-    OPERATIONS_PER_BYTE,
-    ROUTER_WAIT,
-    Forecast,
-    Range,
-    bandwidth_used,
-    fit_on,
-    forecast,
-)
-from .planning.machine import MACS, Given, Machine, imagined, machine_with
+from .planning.budget import usual_context
+from .planning.forecast import Range
+from .planning.machine import MACS, Given, machine_with
+from .planning.plan import Plan, advice, assumptions, make_plan
+from .planning.subject import Subject, released_subject, subject_of_config, subject_of_directory
 from .units import format_size, parse_size
 
 SCHEMA_VERSION = 1
-# From the largest to the smallest: what `a smaller recipe` means.
-RECIPES = ("bf16", "8bit", "6bit", "5bit", "4bit", "mxfp4", "mixed-3-4", "3bit", "mixed-2-3", "2bit")
-WORTH_SAYING = 1.10  # how much faster something must be to be named as what would help
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is planned: a config.json, and where there is one a converted directory as it is."""
-
-    name: str
-    config: dict
-    recipe: str  # the one whose bytes are planned
-    converted: Path | None = None
-
-    @property
-    def streamed(self) -> bool:
-        """Whether experts can be read one by one; what is not converted yet will be so that they can."""
-        return self.converted is None or any(self.converted.glob("model-experts-*.safetensors"))
-
-    @property
-    def files(self) -> list[Path]:
-        return [] if self.converted is None else sorted(self.converted.glob("model*.safetensors"))
-
-    def budget(self, args: ModelArgs, context: int, machine: Machine) -> Budget:
-        sizes = (args, context, CHUNK, *machine.item_bytes)
-        if self.converted is not None:
-            return measure(self.converted, *sizes)
-        from .checkpoint.recipe import named
-
-        return estimate(self.config, named(self.recipe), *sizes)
-
-
-@dataclass(frozen=True)
-class Plan:
-    machine: Machine
-    budget: Budget
-    forecast: Forecast | None  # None: it does not fit
-    refusal: str = ""
-    hits_from: str = "as others measured them on models of this geometry, one sequence, after it has warmed up"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,63 +56,30 @@ def tokens(text: str) -> int:
 
 
 def subject_of(model: str | None, recipe: str | None) -> Subject:
-    """What `--model` names. A Hub repo costs one small file. Raises FormatError, MimoError or UsageError."""
+    """The subject that `--model` names. Of a Hub repo one small file is fetched.
+
+    Raises FormatError, MimoError or UsageError.
+    """
     from .checkpoint.recipe import named
 
     if recipe is not None:
-        named(recipe)  # refused by its name before anything else
+        named(recipe)  # a wrong name is refused before anything is read
     if model is None or model in released.REPOS:
-        return Subject(released.NAME, released.CONFIG, recipe or "4bit")
+        return released_subject(recipe)
     path = CHECKPOINT if model == "demo" else Path(model).expanduser()
     if path.is_dir():
-        config = read_config(path)
-    elif model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.exists():
-        config = _fetch_config(model)
-    else:
-        raise UsageError(f"{model}: no such directory, and not the name of a Hub repo (owner/name)")
-    name = model if model == "demo" or not path.is_dir() else path.resolve().name
-    if recipe is None and path.is_dir() and "quantization_config" in config and "quantization" not in config:
-        recipe = "4bit"  # an FP8 checkpoint, to be converted
-    if recipe is None and path.is_dir() and any(path.glob("model*.safetensors")):
-        ours = config.get("mlx_mimo")
-        return Subject(name, config, (ours.get("recipe") if isinstance(ours, dict) else None) or "as it is", path)
-    return Subject(name, config, recipe or _recipe_in(config) or "4bit")
+        return subject_of_directory(model if model == "demo" else path.resolve().name, Directory(path), recipe)
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.exists():
+        return subject_of_config(model, _fetch_config(model), recipe)
+    raise UsageError(f"{model}: no such directory, and not the name of a Hub repo (owner/name)")
 
 
-def _recipe_in(config: dict) -> str | None:
-    """The recipe of a converted config.json, or the one whose experts have the bits that mlx-lm gave them; None where
-    nothing is quantised. Raises UsageError for bits that no recipe has."""
-    ours = config.get("mlx_mimo")
-    name = ours.get("recipe") if isinstance(ours, dict) else None
-    if name in RECIPES:
-        return name
-    quantization = config.get("quantization")
-    if not isinstance(quantization, dict):
-        return None
-    kinds = {_bits_of(quantization)} | {
-        _bits_of(quantization | found)
-        for path, found in quantization.items()
-        if isinstance(found, dict) and (".switch_mlp." in path or ".experts." in path)
-    }
-    name = _BITS.get(kinds.pop()) if len(kinds) == 1 else None
-    if name is None:
-        raise UsageError("config.json: it is quantised as no recipe does it; give --recipe to say which comes nearest")
-    return name
-
-
-def _bits_of(fields: dict) -> tuple:
-    return fields.get("mode", "affine"), fields.get("bits"), fields.get("group_size")
-
-
-# How mlx-lm names what our recipes do with experts.
-_BITS = {("affine", bits, 64): f"{bits}bit" for bits in (2, 3, 4, 5, 6, 8)} | {("mxfp4", 4, 32): "mxfp4"}
-
-
-def _fetch_config(repo: str) -> dict:
+def _fetch_config(repo: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
     try:
-        return json.loads(Path(hf_hub_download(repo, "config.json")).read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(Path(hf_hub_download(repo, "config.json")).read_text(encoding="utf-8"))
+        return config
     except Exception as error:  # the Hub's client raises its own, httpx's and OS errors
         raise MimoError(
             f"{repo}: config.json cannot be fetched from the Hub: {type(error).__name__}: {error}"
@@ -165,10 +87,10 @@ def _fetch_config(repo: str) -> dict:
 
 
 class TraceHits:
-    """Hit rates of a recorded routing trace, by the number of slots: LFU's, and LRU's as the other end of a range."""
+    """planning's HitRates from a recorded routing trace: LFU's are expected, LRU's are the other end of the range."""
 
     def __init__(self, path: str, args: ModelArgs):
-        """Raises MimoError or UsageError where the file is none, empty, or of another model."""
+        """Raises MimoError for a file that cannot be read, UsageError for a trace that is empty or of another model."""
         from .experts.simulate import needs_of
         from .experts.trace import read_trace
 
@@ -187,7 +109,7 @@ class TraceHits:
         from .experts.simulate import simulate
 
         if slots >= len(self.trace.layers) * self.trace.num_experts:
-            return Range(1.0, 1.0, 1.0)  # all were read before the first token
+            return Range(1.0, 1.0, 1.0)  # all experts are read before the first token
         slots = max(1, slots)
         if slots not in self._known:
             lfu, lru = (simulate(self.trace, name, slots, needs=self._needs).hit_rate for name in ("lfu", "lru"))
@@ -195,64 +117,8 @@ class TraceHits:
         return self._known[slots]
 
     @property
-    def said(self) -> str:
+    def source(self) -> str:
         return f"of {self.name}, replayed from empty slots: LFU's, and LRU's as the other end of the range"
-
-
-def make_plan(
-    subject: Subject,
-    args: ModelArgs,
-    context: int,
-    machine: Machine,
-    expert_memory: str = "auto",
-    trace: TraceHits | None = None,
-) -> Plan:
-    """The plan of one model on one machine; one that does not fit says why."""
-    budget = subject.budget(args, context, machine)
-    size = expert_memory if expert_memory in ("auto", "all") else parse_size(expert_memory)
-    try:
-        found = fit_on(budget, machine, size, subject.streamed)
-        slots = found.expert_bytes // max(budget.slot_bytes, 1)
-        hits = None if trace is None else trace(slots)
-        speeds = forecast(args, found.budget, machine, found.expert_bytes, found.chunk, hits)
-    except MimoError as error:
-        return Plan(machine, budget, None, str(error))
-    return Plan(machine, found.budget, speeds, "", trace.said if trace else Plan.hits_from)
-
-
-def advice(
-    subject: Subject,
-    args: ModelArgs,
-    context: int,
-    plan: Plan,
-    expert_memory: str = "auto",
-    trace: TraceHits | None = None,
-) -> list[tuple[str, float]]:
-    """(what would help, tokens per second with it), the most helpful first."""
-    machine, now = plan.machine, plan.forecast.decode_tps.expected if plan.forecast else 0.0
-    ideas: list[tuple[str, Subject, int, Machine]] = []
-    if subject.recipe in RECIPES:
-        place = RECIPES.index(subject.recipe)
-        for recipe in RECIPES[place + 1 :]:
-            smaller = replace(subject, recipe=recipe, converted=None)
-            ideas.append((f"a smaller recipe: --recipe {recipe}", smaller, context, machine))
-    if context > 4096:
-        ideas.append((f"a shorter context: --context {context // 4}", subject, context // 4, machine))
-    for factor in (1.5, 2):
-        memory = int(machine.memory * factor)
-        more = imagined("", memory, backend=machine.backend).available
-        larger = replace(machine, memory=memory, available=max(more, machine.available))
-        ideas.append((f"more memory: {format_size(memory)}", subject, context, larger))
-    faster = replace(machine, disk=2 * machine.disk)
-    ideas.append((f"a faster disk: {format_size(int(faster.disk))}/s", subject, context, faster))
-    found: dict[str, tuple[str, float]] = {}
-    for text, what, length, where in ideas:
-        other = make_plan(what, args, length, where, expert_memory, trace).forecast
-        if other is not None and other.decode_tps.expected > WORTH_SAYING * now:
-            kind = text.partition(":")[0]
-            # The first of a kind is the smallest step; a later one is named only if none before it helps.
-            found.setdefault(kind, (text, other.decode_tps.expected))
-    return sorted(found.values(), key=lambda row: -row[1])
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -270,7 +136,7 @@ def plan(args: argparse.Namespace) -> int:
             f"--context: {args.context:,} tokens; max_position_embeddings = {model.max_position_embeddings:,}"
         )
     trace = TraceHits(args.trace, model) if args.trace else None
-    options = {"expert_memory": args.expert_memory, "trace": trace}
+    options = {"expert_memory": args.expert_memory, "hits": trace}
     machines = MACS if args.all else [machine_with(machine, subject.files)]
     plans = [make_plan(subject, model, args.context, machine, **options) for machine in machines]
     if args.all:
@@ -289,21 +155,8 @@ def plan(args: argparse.Namespace) -> int:
     return 0 if plans[0].forecast else 1
 
 
-def assumptions(plan: Plan) -> list[str]:
-    machine, used = plan.machine, bandwidth_used(plan.machine)
-    return [
-        f"disk {format_size(int(machine.disk))}/s ({machine.disk_from}), "
-        f"{DISK_USED.low:.0%}–{DISK_USED.high:.0%} of it reached",
-        f"memory bandwidth {format_size(int(machine.bandwidth))}/s ({machine.bandwidth_from}), "
-        f"{used.low:.0%}–{used.high:.0%} of it reached while decoding",
-        f"{ROUTER_WAIT.high * 1e6:.0f}–{ROUTER_WAIT.low * 1e6:.0f} µs a layer of waiting for the router",
-        f"prefill in chunks of {plan.budget.chunk} at {OPERATIONS_PER_BYTE.low:.0f}–{OPERATIONS_PER_BYTE.high:.0f} "
-        "operations a byte of bandwidth",
-        f"hit rates {plan.hits_from}",
-    ]
-
-
-def report(subject: Subject, context: int, plan: Plan, helps: list[tuple[str, float]]) -> dict:
+def report(subject: Subject, context: int, plan: Plan, helps: list[tuple[str, float]]) -> dict[str, Any]:
+    """The JSON object of one plan."""
     budget, found = plan.budget, plan.forecast
     return {
         "model": subject.name,

@@ -16,9 +16,10 @@ from mlx_mimo.errors import MimoError, UsageError
 from mlx_mimo.experts import simulate as simulate_module
 from mlx_mimo.experts import trace as trace_module
 from mlx_mimo.experts.trace import TraceWriter
-from mlx_mimo.plan import advice, build_parser, make_plan, plan, subject_of, tokens
+from mlx_mimo.plan import build_parser, plan, subject_of, tokens
 from mlx_mimo.planning.forecast import HIT_RATES, forecast, hit_rate
 from mlx_mimo.planning.machine import CHIP_BANDWIDTH, GIB, MACS, imagined, read_speed, working_set
+from mlx_mimo.planning.plan import advice, make_plan
 
 ARGS = ModelArgs.from_dict(released.CONFIG)
 GB = 10**9

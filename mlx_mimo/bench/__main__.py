@@ -246,14 +246,14 @@ def _memory(text: str, directory: Path) -> str | int:
 
 def _slots(directory: Path) -> list[tuple[int, int]]:
     """(experts, bytes of a slot) of each shape that experts of this directory have; none where they are stacked."""
-    from ..checkpoint.directory import read_config
-    from ..checkpoint.record import expert_files
+    from ..checkpoint.directory import Directory
     from ..experts.banks import slot_bytes
     from ..experts.pool import group_by_shape
     from ..runtime.compute import choose_compute
 
-    hidden_size, found = read_config(directory)["hidden_size"], []
-    for group in group_by_shape(expert_files(directory)):
+    files = Directory(directory)
+    hidden_size, found = files.config["hidden_size"], []
+    for group in group_by_shape(files.expert_files):
         layout = next(iter(group.values())).layout
         size = slot_bytes(layout, choose_compute(layout, hidden_size).widen)
         found.append((sum(file.num_experts for file in group.values()), size))
@@ -297,10 +297,10 @@ def _tokens(args: argparse.Namespace, directory: Path, sizes: Sequence[int]) -> 
 
         vocab, generator = read_config(directory)["vocab_size"], np.random.default_rng(args.seed)
         return [[generator.integers(0, vocab, size).tolist() for _ in range(turns)] for size in sizes]
-    from ..checkpoint.directory import Directory, read_config
+    from ..checkpoint.directory import Directory
     from ..runtime.load import load_tokenizer
 
-    tokenizer = load_tokenizer(Directory(directory, read_config(directory)))
+    tokenizer = load_tokenizer(Directory(directory))
     ids, need = list(tokenizer.encode(_read(args.text), add_special_tokens=False)), turns * sum(sizes)
     if len(ids) < need:
         raise UsageError(

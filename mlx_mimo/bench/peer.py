@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoint.directory import MTP_FILE, weight_files
 from ..checkpoint.header import read_header
 from ..errors import MimoError
 
@@ -44,8 +45,8 @@ def load_peer(directory: Path):
 def bytes_in_memory(directory: Path, item_bytes: int) -> int:
     """What that model takes; `item_bytes` is the size of a 16-bit parameter there, 4 on a CPU."""
     total = 0
-    for path in directory.glob("model*.safetensors"):
-        if not path.name.startswith("model-mtp"):
+    for path in weight_files(directory):
+        if path.name != MTP_FILE:
             for tensor in read_header(path).tensors.values():
                 total += tensor.nbytes // 2 * item_bytes if tensor.dtype in ("BF16", "F16") else tensor.nbytes
     return total

@@ -43,11 +43,11 @@ def is_on(directory: Path) -> bool:
 
 def switch(directory: Path, on: bool) -> None:
     """Adds or removes the bridge. Raises FormatError or UsageError; the directory is then as it was."""
-    from ..checkpoint.directory import Directory, read_config
+    from ..checkpoint.directory import Directory
 
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such directory")
-    if Directory(directory, read_config(directory)).is_fp8:
+    if Directory(directory).is_fp8:
         raise UsageError(f"{directory} is an FP8 checkpoint; convert it first with mlx_mimo convert")
     config = directory / "config.json"
     if on:

@@ -19,8 +19,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from ..checkpoint.directory import Directory, read_config
-from ..checkpoint.record import PROJECTIONS, ExpertFile, expert_files
+from ..checkpoint.directory import Directory
+from ..checkpoint.record import PROJECTIONS, ExpertFile
 from ..config.model_args import ModelArgs
 from ..errors import MimoError, UsageError
 from ..experts.banks import slot_bytes
@@ -107,7 +107,7 @@ class Settings:
 def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.Module], type]:
     """(Model, ModelArgs) for mlx-lm's loader, bound to `directory` and to the environment's settings."""
     settings = settings or Settings.from_environment()
-    directory = Path(directory)
+    files = Directory(directory)
 
     class BridgedArgs:
         """Stands for ModelArgs: mlx-lm calls `from_dict` alone."""
@@ -117,7 +117,7 @@ def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.
             window = {} if settings.sliding_window is None else {"window_keys": settings.sliding_window}
             return ModelArgs.from_dict(config | window)
 
-    streamed = bool(expert_files(directory))
+    streamed = files.is_streamable
     for field in () if streamed else ("expert_memory", "profile", "trace"):
         if isinstance(getattr(settings, field), int | Path):
             raise MimoError(
@@ -126,7 +126,7 @@ def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.
 
     class BridgedModel(_WithResidency if streamed else _Whole):
         def __init__(self, args: ModelArgs):
-            super().__init__(args, directory, settings)
+            super().__init__(args, files, settings)
 
     return BridgedModel, BridgedArgs
 
@@ -134,7 +134,7 @@ def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.
 class _Bridged:
     """What both kinds of bridged model share; stands before the model's class."""
 
-    def __init__(self, args: ModelArgs, directory: Path, settings: Settings):
+    def __init__(self, args: ModelArgs, directory: Directory, settings: Settings):
         super().__init__(args)
         self._directory, self._settings = directory, settings
         self._ready = False
@@ -176,7 +176,7 @@ class _Bridged:
     def _fused(self) -> None:
         """Weights that were widened for a CPU get the types back in which they are stored."""
         stored = {}
-        for file in self._directory.glob("model*.safetensors"):
+        for file in self._directory.weight_files:
             if not file.name.startswith("model-experts-"):
                 stored |= {name: value.dtype for name, value in mx.load(str(file)).items()}
         narrowed = []
@@ -203,26 +203,27 @@ class ExpertsKeptOutsideTheModel(nn.Module):
 class _WithResidency(_Bridged, TrunkModel):
     """Our model that takes its experts from the directory's expert files once its other weights are there."""
 
-    def __init__(self, args: ModelArgs, directory: Path, settings: Settings):
+    def __init__(self, args: ModelArgs, directory: Directory, settings: Settings):
         super().__init__(args, directory, settings)
         self.residency = None
 
     def _prepare(self) -> None:
         super()._prepare()
         settings = self._settings
-        directory, memory = Directory(self._directory, read_config(self._directory)), settings.expert_memory
+        directory, memory = self._directory, settings.expert_memory
         # mlx-lm's commands compute prompts in chunks of their own, 2048 tokens unless told.
         found = expert_limit(directory, self.args, memory, kernels=False, fixed_chunk=True)
         self.residency = attach(
             self,
-            self._directory,
+            directory,
             expert_memory_bytes=None if memory == "all" else found.expert_bytes,
             policy=settings.expert_policy,
             compute_for=choose_compute,
             reader_threads=settings.reader_threads,
             lookahead=settings.lookahead,
         )
-        for layer, file in expert_files(self._directory).items():
+        directory.forget_headers()
+        for layer, file in self._directory.expert_files.items():
             experts = self.layers[layer].mlp.switch_mlp
             for projection in PROJECTIONS:
                 experts[projection] = ExpertsKeptOutsideTheModel()
@@ -263,7 +264,7 @@ class _WithResidency(_Bridged, TrunkModel):
             for layer in self.args.moe_layers:
                 self.layers[layer].mlp.switch_mlp = ExpertsElsewhere()  # frees the slots before anything is read
             mx.clear_cache()
-            for layer, file in expert_files(self._directory).items():
+            for layer, file in self._directory.expert_files.items():
                 whole = self._whole_experts(layer, file)
                 if on_cpu():
                     whole.update(tree_map(_float32, whole.parameters()))
@@ -288,7 +289,7 @@ class _WithResidency(_Bridged, TrunkModel):
         # Metal's limit is one for all that a process keeps, so what is here already counts on both sides.
         free = available_memory(working_set(), trunk + held.slots * held.slot_bytes) - trunk
         # Whole experts are MLX's own modules, which a CPU computes in float32.
-        files = expert_files(self._directory).values()
+        files = self._directory.expert_files.values()
         needed = sum(file.num_experts * slot_bytes(file.layout, widen=on_cpu()) for file in files)
         if needed > free:
             raise MimoError(
@@ -298,7 +299,7 @@ class _WithResidency(_Bridged, TrunkModel):
 
     def _whole_experts(self, layer: int, file: ExpertFile) -> nn.Module:
         """mlx-lm's module of one layer's experts as they are stored, unread yet, without parameters to train."""
-        args, quantization = self.args, read_config(self._directory)["quantization"]
+        args, quantization = self.args, self._directory.config["quantization"]
         prefix = f"model.layers.{layer}.mlp.switch_mlp."
         default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
         stacked = Model.sanitize(self, mx.load(str(file.path)))

@@ -83,6 +83,10 @@ class Directory:
             self._headers[file] = self._read_header(file)
         return self._headers[file]
 
+    def forget_headers(self) -> None:
+        """Frees the memory of the headers, a few hundred bytes a tensor. One that is asked for again is read again."""
+        self._headers.clear()
+
     def _read_header(self, file: str) -> Header:
         return read_header(self.path / file)
 

@@ -85,13 +85,13 @@ def _prepare(args: argparse.Namespace, text: str) -> tuple[list[list[int]], int]
     """The text's windows and the vocabulary, the same in both directories, or an error before either runs: on a large
     model that takes long."""
     from ..config.model_args import ModelArgs
-    from ..runtime.load import check_files, load_tokenizer
+    from ..runtime.load import load_tokenizer
     from ..runtime.source import find
     from .quality import windows
 
     found = [find(name) for name in (args.a, args.b)]
     for directory in found:
-        check_files(directory.path)
+        directory.check()
     a, b = [ModelArgs.from_dict(directory.config).vocab_size for directory in found]
     if a != b:
         raise MimoError(f"{args.b}: vocabulary of {b:,}, {a:,} in {args.a}: their predictions cannot be compared")

@@ -1,7 +1,7 @@
-"""ModelArgs: config.json in, checked values out.
+"""ModelArgs: the checked values of config.json.
 
-Every field that the computation depends on is checked before anything is allocated; a value this model does not
-implement is refused by the field's name. Without MLX, so that `plan` and `doctor` start at once.
+Every field that the computation depends on is checked before anything is allocated; a value that this model does not
+implement raises FormatError with the field's name. No MLX, so that `plan` and `doctor` start at once.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ MODEL_TYPE = "mimo_v2_flash"
 ARCHITECTURE = "MiMoV2FlashForCausalLM"
 SUPPORTED = f"supported: {MODEL_TYPE} ({ARCHITECTURE}: MiMo-V2-Flash, MiMo-V2-Flash-Base)"
 SIZE_LIMIT = 1 << 31
-SLACK = 64  # tokens that a sliding layer's cache can take back at any time: 12.5 MB in all at full size, in bfloat16
+SLACK = 64  # tokens that can be trimmed from a sliding layer's cache at any time: 12.5 MB in all at full size, bfloat16
 
-# Fields that change what is computed, with the values that mean what this model computes.
-FIXED_FIELDS: dict[str, tuple] = {
+# {field that changes what is computed: the values that this model implements}
+FIXED_FIELDS: dict[str, tuple[str | int | bool | None, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "tie_word_embeddings": (False,),
@@ -68,7 +68,7 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
-        """The arguments of a config.json; keys that do not bear on the computation are passed over.
+        """The arguments of a config.json; keys that do not change the computation are ignored.
 
         Raises FormatError naming the field, what was found and what is expected.
         """
@@ -103,11 +103,11 @@ class ModelArgs:
         return self.swa_num_key_value_heads if self.is_sliding(layer) else self.num_key_value_heads
 
     def head_dims(self, layer: int) -> tuple[int, int]:
-        """(of queries and keys, of values)"""
+        """(head dimension of queries and keys, of values)"""
         return (self.swa_head_dim, self.swa_v_head_dim) if self.is_sliding(layer) else (self.head_dim, self.v_head_dim)
 
     def rotary_dims(self, layer: int) -> int:
-        """How many of a head's first dimensions are rotated."""
+        """The number of a head's first dimensions that are rotated."""
         return int(self.partial_rotary_factor * self.head_dims(layer)[0])
 
     def theta(self, layer: int) -> float:
@@ -120,7 +120,7 @@ class ModelArgs:
     def window(self) -> int:
         """Keys that a query of a sliding layer sees, itself included.
 
-        SGLang and transformers count `sliding_window_size` previous keys, and the query's own comes on top.
+        SGLang and transformers let it see `sliding_window_size` previous keys and its own.
         """
         return self.sliding_window_size + 1 if self.window_keys is None else self.window_keys
 
@@ -148,14 +148,14 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
 
 def _check_fixed_fields(config: Mapping[str, Any]) -> None:
     for name, known in FIXED_FIELDS.items():
-        # `in` would let 1 pass for True and 0 for False.
+        # `in` would accept 1 for True and 0 for False.
         if name in config and not any(config[name] == value and type(config[name]) is type(value) for value in known):
             expected = " or ".join("null" if value is None else repr(value) for value in known)
             raise FormatError(f"config.json: {name} is {config[name]!r}, {expected} expected: it changes the model")
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
-    """The value of one field, if it is one its annotation allows."""
+    """The value of one field, converted to its annotation. Raises FormatError where the annotation excludes it."""
     kind = str(getattr(kind, "__name__", kind)) if isinstance(kind, type) else str(kind)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None and kind.endswith("None"):
@@ -218,7 +218,7 @@ def _check_window(args: ModelArgs, sliding_window: Any) -> None:
 
 
 def _check_rope(args: ModelArgs, config: Mapping[str, Any]) -> None:
-    """Rope as released is unscaled; transformers' own `rope_parameters` must not say otherwise."""
+    """Raises FormatError for scaled rope, in `rope_scaling` or in transformers' `rope_parameters`."""
     scaling = config.get("rope_scaling")
     if not _is_default_rope(scaling):
         raise FormatError(f"config.json: rope_scaling is {scaling!r}, null expected: it changes the model")

@@ -1,11 +1,13 @@
-"""The config.json of the released MiMo-V2-Flash, so that `plan` needs no download. Written from its published facts."""
+"""The config.json of the released MiMo-V2-Flash, by its published facts, so that `plan` needs no download."""
+
+from typing import Any
 
 NAME = "MiMo-V2-Flash"
 REPOS = ("XiaomiMiMo/MiMo-V2-Flash", "XiaomiMiMo/MiMo-V2-Flash-Base")
 GLOBAL_LAYERS = (0, 5, 11, 17, 23, 29, 35, 41, 47)
 LAYERS = 48
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["MiMoV2FlashForCausalLM"],
     "model_type": "mimo_v2_flash",
     "vocab_size": 152576,

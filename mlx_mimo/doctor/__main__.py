@@ -1,4 +1,4 @@
-"""`python -m mlx_mimo.doctor`: the machine, and a model directory, one line a check."""
+"""`python -m mlx_mimo.doctor`: checks the machine and a model directory, one line a check."""
 
 import argparse
 import gc
@@ -66,7 +66,7 @@ def print_check(check: Check) -> None:
 
 def main() -> int:
     args = build_parser().parse_args()
-    gc.disable()  # a quarter of the time with 109,000 tensors, and nothing here lives longer than the process
+    gc.disable()  # it would take a quarter of the time with 109,000 tensors, and frees nothing that matters
     return run(lambda: doctor(args))
 
 

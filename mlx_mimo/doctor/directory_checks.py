@@ -1,20 +1,18 @@
-"""What `doctor` looks at in a model directory: its disk, its files, and what they would do on a machine.
+"""The checks of a model directory: its disk, its files, and what they would do on a machine.
 
-Each header is read once, whatever many checks ask for it: of the released model that is most of the time.
+All checks share one Directory, which reads each header once: at the released model's size that is most of the time.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 
-from ..checkpoint.bridge_line import sha256, size
-from ..checkpoint.header import Header, read_header
-from ..checkpoint.record import ExpertFile, expert_file_of
+from ..checkpoint.directory import Directory, weight_files
+from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.record import ALIGNMENT
 from ..config.model_args import ModelArgs
 from ..errors import MimoError
-from ..planning.budget import CHUNK, Budget, budget_of, usual_context
+from ..planning.budget import CHUNK, Budget, measure, usual_context
 from ..planning.forecast import Forecast, fit_on, forecast
 from ..planning.machine import Given, Machine, machine_with
 from ..units import GB, format_size
@@ -24,60 +22,24 @@ SLOW_DISK = 1.0 * GB  # bytes a second
 SLOW_DECODE = 1.0  # tokens a second
 
 
-class Headers:
-    """The headers of a directory's files, each read when it is first asked for."""
+def directory_checks(path: Path, deep: bool, given: Given = HERE) -> Iterator[Check]:
+    """The checks of the directory's disk, of its files, and of what they would do on this machine or the given one.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self._read: dict[str, Header] = {}
-
-    def __getitem__(self, name: str) -> Header:
-        if name not in self._read:
-            self._read[name] = read_header(self.directory / name)
-        return self._read[name]
-
-    def weights(self) -> list[Header]:
-        return [self[path.name] for path in sorted(self.directory.glob("model*.safetensors"))]
-
-    @cached_property
-    def experts(self) -> dict[int, ExpertFile]:
-        """{layer: its file}, checked against the format of records; empty where experts are stacked."""
-        layers = {
-            int(match[1]): path.name
-            for path in self.directory.glob("model-experts-*.safetensors")
-            if (match := re.fullmatch(r"model-experts-(\d+)\.safetensors", path.name))
-        }
-        return {layer: expert_file_of(self[name], layer) for layer, name in sorted(layers.items())}
-
-    def budget(self, args: ModelArgs, *item_bytes: int) -> Budget:
-        """What loading would take, as `budget.measure` counts it."""
-        many = {file.path.name: file.num_experts for file in self.experts.values()}
-        tensors = []
-        for header in self.weights():
-            name = header.path.name
-            if name in many:  # its experts are alike, as was checked
-                tensors += ((e, many[name]) for e in header.tensors.values() if ".mlp.experts.0." in e.name)
-            elif not name.startswith("model-mtp"):
-                tensors += ((entry, 1) for entry in header.tensors.values())
-        return budget_of(tensors, args, usual_context(args), CHUNK, *item_bytes)
-
-
-def directory_checks(directory: Path, deep: bool, given: Given = HERE) -> Iterator[Check]:
-    """The directory's disk, then its files, then what they would do here. `deep` reads every byte."""
-    machine = _machine(directory, given)
+    `deep` reads every byte.
+    """
+    directory, machine = Directory(path), _machine(path, given)
     simulated = given.elsewhere or given.disk is not None
-    yield Check("disk.kind", SKIPPED, "of another machine") if simulated else disk_kind(directory)
+    yield Check("disk.kind", SKIPPED, "of another machine") if simulated else disk_kind(path)
     yield _disk_speed(machine)
     config, args = _config(directory)
     yield config
     if args is None:
         return
-    headers = Headers(directory)
-    yield _guarded("model.files", lambda: _index(headers))
-    yield _guarded("model.experts", lambda: _experts(headers))
+    yield _guarded("model.files", lambda: _files(directory))
+    yield _guarded("model.experts", lambda: _experts(directory))
     yield _guarded("model.manifest", lambda: _manifest(directory))
-    yield _tokenizer(directory)
-    yield _unfinished(directory)
+    yield _tokenizer(path)
+    yield _unfinished(path)
     yield (
         _guarded("model.hashes", lambda: _hashes(directory))
         if deep
@@ -88,7 +50,7 @@ def directory_checks(directory: Path, deep: bool, given: Given = HERE) -> Iterat
         yield Check("model.memory", SKIPPED, found)
         yield Check("model.speed", SKIPPED, found)
         return
-    yield from _fit(headers, args, machine)
+    yield from _fit(directory, args, machine)
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -99,9 +61,9 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
 
 
 def _machine(directory: Path, given: Given) -> Machine | None:
-    """The machine the directory is for, its disk measured on the directory; None where MLX cannot be loaded."""
+    """The machine to check for, its disk measured on the directory's files; None where MLX cannot be loaded."""
     try:
-        return machine_with(given, sorted(directory.glob("model*.safetensors")))
+        return machine_with(given, weight_files(directory))
     except (ImportError, RuntimeError):
         return None  # the check `backend` says so
 
@@ -125,105 +87,60 @@ def _disk_speed(machine: Machine | None) -> Check:
 # The files
 
 
-def _config(directory: Path) -> tuple[Check, ModelArgs | None]:
-    from ..checkpoint.directory import Directory, read_config
-
+def _config(directory: Directory) -> tuple[Check, ModelArgs | None]:
     name = "model.config"
     try:
-        config = read_config(directory)
-        args = ModelArgs.from_dict(config)
+        args = ModelArgs.from_dict(directory.config)
     except MimoError as error:
         return Check(name, FAILED, str(error), "give a converted directory of MiMo-V2-Flash"), None
-    if Directory(directory, config).is_fp8:
-        hint = f"mlx_mimo convert --hf-path {directory} --mlx-path {directory.resolve().name}-4bit"
+    if directory.is_fp8:
+        path = directory.path
+        hint = f"mlx_mimo convert --hf-path {path} --mlx-path {path.resolve().name}-4bit"
         return Check(name, WARNING, "an FP8 checkpoint, to be converted first", hint), args
     found = f"{args.num_hidden_layers} layers, {args.n_routed_experts} experts in each MoE layer"
     return Check(name, OK, found), args
 
 
-def _index(headers: Headers) -> Check:
+def _files(directory: Directory) -> Check:
     """Every file that the index names is there, whole, and holds its tensors."""
-    name, index = "model.files", headers.directory / "model.safetensors.index.json"
-    if not index.exists():
-        files = headers.weights()
-        if not files:
-            return Check(name, FAILED, "no model*.safetensors", "run mlx_mimo convert, or fetch the model again")
-        nbytes = sum(header.file_bytes for header in files)
-        return Check(name, OK, f"{len(files)} files without an index, {format_size(nbytes)}")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        wanted: dict[str, set[str]] = {}
-        for tensor, file in weight_map.items():
-            wanted.setdefault(_text(file), set()).add(tensor)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return Check(name, FAILED, f"{index.name}: not an index ({error!r})", "run mlx_mimo convert again")
-    nbytes = 0
-    for file, names in sorted(wanted.items()):
-        header = headers[file]
-        nbytes += header.file_bytes
-        absent = names - header.tensors.keys()
-        if absent:
-            return Check(name, FAILED, f"{file}: {min(absent)} is missing", "run the same mlx_mimo convert again")
-    return Check(name, OK, f"{len(wanted)} files, {len(weight_map):,} tensors, {format_size(nbytes)}")
+    name = "model.files"
+    for problem in directory.problems():
+        return Check(name, FAILED, problem, "run the same mlx_mimo convert again, or fetch the model again")
+    nbytes = format_size(sum(directory.header(file).file_bytes for file in directory.files))
+    if not directory.has_index:
+        return Check(name, OK, f"{len(directory.files)} files without an index, {nbytes}")
+    return Check(name, OK, f"{len(directory.files)} files, {len(directory.weight_map):,} tensors, {nbytes}")
 
 
-def _text(file) -> str:
-    if not isinstance(file, str):
-        raise TypeError(f"{file!r} is no file's name")
-    return file
-
-
-def _experts(headers: Headers) -> Check:
-    name, files = "model.experts", headers.experts
+def _experts(directory: Directory) -> Check:
+    name, files = "model.experts", directory.expert_files
     if not files:
-        hint = f"to stream experts: mlx_mimo convert repack {headers.directory} --in-place"
+        hint = f"to stream experts: mlx_mimo convert repack {directory.path} --in-place"
         return Check(name, WARNING, "stacked: all experts must fit into memory", hint)
     sizes = sorted({file.layout.nbytes for file in files.values()})
-    aligned = all(file.data_offset % 16384 == 0 for file in files.values())
+    aligned = all(file.data_offset % ALIGNMENT == 0 for file in files.values())
     found = f"expert-major, {len(files)} layers, {' or '.join(format_size(size) for size in sizes)} an expert"
     return Check(name, OK, found + (", on pages" if aligned else ""))
 
 
-def _manifest_of(directory: Path) -> dict | None:
-    try:
-        fields = json.loads((directory / "mlx_mimo.json").read_text(encoding="utf-8"))
-        return {file: (int(row["bytes"]), str(row["sha256"])) for file, row in fields["files"].items()}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise MimoError(f"mlx_mimo.json: not a manifest ({error!r})") from None
+def _manifest(directory: Directory) -> Check:
+    """Every file has the size that the conversion wrote."""
+    name = "model.manifest"
+    for problem in directory.manifest_problems(deep=False):
+        return Check(name, FAILED, problem, "run the same mlx_mimo convert again")
+    if directory.manifest is None:
+        return Check(name, WARNING, f"no {MANIFEST}: not converted by mlx-mimo", "its files cannot be compared")
+    return Check(name, OK, f"{len(directory.manifest.files)} files of the expected size")
 
 
-def _manifest(directory: Path) -> Check:
-    """The sizes of all files as the conversion left them."""
-    name, files = "model.manifest", _manifest_of(directory)
-    if files is None:
-        return Check(name, WARNING, "no mlx_mimo.json: not converted by mlx-mimo", "its files cannot be compared")
-    for file, (nbytes, _) in files.items():
-        path = directory / file
-        found = size(path) if path.exists() else 0
-        if found != nbytes:
-            return Check(
-                name,
-                FAILED,
-                f"{file}: {nbytes:,} bytes expected, {found:,} found",
-                "run the same mlx_mimo convert again",
-            )
-    return Check(name, OK, f"{len(files)} files of the expected size")
-
-
-def _hashes(directory: Path) -> Check:
-    name, files = "model.hashes", _manifest_of(directory)
-    if files is None:
-        return Check(name, SKIPPED, "no mlx_mimo.json to compare with")
-    for file, (_, expected) in files.items():
-        try:
-            found = sha256(directory / file)
-        except OSError as error:
-            return Check(name, FAILED, f"{file}: {error.strerror}", "run the same mlx_mimo convert again")
-        if found != expected:
-            return Check(name, FAILED, f"{file}: other bytes than were written", "delete the file and convert again")
-    return Check(name, OK, f"{len(files)} files, every byte as it was written")
+def _hashes(directory: Directory) -> Check:
+    """Every file has the bytes that the conversion wrote."""
+    name = "model.hashes"
+    for problem in directory.manifest_problems(deep=True):
+        return Check(name, FAILED, problem, "delete the file and run the same mlx_mimo convert again")
+    if directory.manifest is None:
+        return Check(name, SKIPPED, f"no {MANIFEST} to compare with")
+    return Check(name, OK, f"{len(directory.manifest.files)} files, every byte as it was written")
 
 
 def _tokenizer(directory: Path) -> Check:
@@ -236,7 +153,7 @@ def _tokenizer(directory: Path) -> Check:
             fields = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
             template = bool(fields.get("chat_template"))
         except (OSError, ValueError, AttributeError):
-            template = False  # unreadable is as good as none: chat cannot use it
+            template = False  # chat cannot use a file that cannot be read
     if not template:
         return Check(name, WARNING, "no chat template", "chat and server need one; copy chat_template.jinja")
     return Check(name, OK, "with a chat template")
@@ -256,11 +173,12 @@ def _unfinished(directory: Path) -> Check:
 # Both together
 
 
-def _fit(headers: Headers, args: ModelArgs, machine: Machine) -> Iterator[Check]:
-    """How many experts `--expert-memory auto` would keep, and how fast that would be."""
-    hint = f"what would help: mlx_mimo plan --model {headers.directory}, with the same flags for the machine"
+def _fit(directory: Directory, args: ModelArgs, machine: Machine) -> Iterator[Check]:
+    """The checks of how many experts `--expert-memory auto` would keep, and of the speed that plan forecasts."""
+    hint = f"what would help: mlx_mimo plan --model {directory.path}, with the same flags for the machine"
     try:
-        streamed, budget = bool(headers.experts), headers.budget(args, *machine.item_bytes)
+        streamed = directory.is_streamable
+        budget = measure(directory, args, usual_context(args), CHUNK, *machine.item_bytes)
     except MimoError:  # the checks of the files say what is wrong
         yield Check("model.memory", SKIPPED, "not known while files are damaged")
         yield Check("model.speed", SKIPPED, "not known while files are damaged")

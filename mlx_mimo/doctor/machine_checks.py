@@ -1,5 +1,4 @@
-"""What `doctor` looks at on a machine: each check gives one `Check` with a stable id. MLX is loaded only where Metal or
-CUDA is."""
+"""The checks of a machine, each a `Check` with a stable id. MLX is imported only where there is Metal or CUDA."""
 
 import os
 import platform
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from ..errors import MimoError
 from ..planning.backend import backend_and_limits
@@ -27,24 +27,26 @@ HERE = Given()
 
 @dataclass(frozen=True)
 class Check:
+    """One line of doctor's output."""
+
     id: str
-    status: str
+    status: str  # OK, WARNING, FAILED or SKIPPED
     found: str
-    hint: str = ""
+    hint: str = ""  # what to do about it
 
 
 def machine_checks(given: Given = HERE) -> Iterator[Check]:
-    """This installation, and this machine or the one that is described."""
+    """The checks of this installation, and of this machine or the given one."""
     yield _python()
     yield _package("mlx", "0.32.1", None)
     yield _package("mlx-lm", "0.32.2", "0.33")
     yield _package("transformers", "5.20", "6")
     if given.elsewhere:
         machine = machine_with(given)
-        backend, limits = machine.backend, {}
-        yield Check("backend", OK, backend + SIMULATED)
-        yield _memory(machine.memory, machine.available, backend, SIMULATED)
+        yield Check("backend", OK, machine.backend + SIMULATED)
+        yield _memory(machine.memory, machine.available, machine.backend, SIMULATED)
         yield _simulated_working_set(machine)
+        yield Check("limits.buffer", SKIPPED, "not known of another machine")
     else:
         import psutil
 
@@ -54,11 +56,7 @@ def machine_checks(given: Given = HERE) -> Iterator[Check]:
         free = given.available or memory.available
         yield _memory(memory.total, free, given.backend or backend, SIMULATED if given.available else "")
         yield _working_set(backend, limits)
-    yield (
-        Check("limits.buffer", SKIPPED, "not known of another machine")
-        if given.elsewhere
-        else _buffers(backend, limits)
-    )
+        yield _buffers(backend, limits)
     yield _open_files()
 
 
@@ -84,7 +82,7 @@ def _package(name: str, least: str, below: str | None) -> Check:
     return Check(name, OK, found)
 
 
-def _backend() -> tuple[str | None, dict]:
+def _backend() -> tuple[str | None, dict[str, Any]]:
     try:
         return backend_and_limits()
     except (ImportError, RuntimeError):
@@ -112,7 +110,7 @@ def _memory(total: int, available: int, backend: str | None, simulated: str) -> 
 
 
 def _holds_the_release(total: int, backend: str) -> bool:
-    """Whether plan finds room for MiMo-V2-Flash at the smallest recipe where little else runs."""
+    """Whether `plan` finds room for MiMo-V2-Flash with the smallest recipe where little else runs."""
     from ..checkpoint.recipe import named
     from ..config import released
     from ..config.model_args import ModelArgs
@@ -126,7 +124,7 @@ def _holds_the_release(total: int, backend: str) -> bool:
     return True
 
 
-def _working_set(backend: str | None, limits: dict) -> Check:
+def _working_set(backend: str | None, limits: dict[str, Any]) -> Check:
     size = limits.get("max_recommended_working_set_size")
     if backend != "metal" or not size:
         return Check("limits.working_set", SKIPPED, "Metal only")
@@ -139,7 +137,7 @@ def _simulated_working_set(machine: Machine) -> Check:
     return Check("limits.working_set", OK, format_size(working_set(machine.memory)) + SIMULATED)
 
 
-def _buffers(backend: str | None, limits: dict) -> Check:
+def _buffers(backend: str | None, limits: dict[str, Any]) -> Check:
     size = limits.get("max_buffer_length")
     if backend != "metal" or not size:
         return Check("limits.buffer", SKIPPED, "Metal only")
@@ -161,7 +159,7 @@ def _open_files() -> Check:
 
 
 def disk_kind(directory: Path) -> Check:
-    """SSD or hard disk, internal or USB, and what is free on it."""
+    """The check of a directory's disk: SSD or hard disk, internal or USB, and what is free on it."""
     name = "disk.kind"
     try:
         free = format_size(shutil.disk_usage(directory).free)
@@ -202,8 +200,8 @@ def _device_of(directory: Path) -> str:
     return answer.stdout.decode().splitlines()[-1].split()[0]
 
 
-def mac_disk_kind(info: dict) -> str | None:
-    """From what `diskutil info -plist` says."""
+def mac_disk_kind(info: dict[str, Any]) -> str | None:
+    """The kind of disk in the output of `diskutil info -plist`; None where it does not say."""
     if "SolidState" not in info:
         return None
     kind = "SSD" if info["SolidState"] else "hard disk"

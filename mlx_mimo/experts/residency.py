@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..checkpoint.record import ExpertFile, expert_files
+from ..checkpoint.directory import Directory
+from ..checkpoint.record import ExpertFile
 from ..errors import FormatError, MimoError
 from .banks import host_writable, most_slots, slot_bytes
 from .compute import ComputeFor, MLXCompute
@@ -31,7 +32,7 @@ class ResidencyWarning(UserWarning):
 
 def attach(
     model: nn.Module,
-    directory: str | os.PathLike,
+    directory: Directory | str | os.PathLike,
     *,
     expert_memory_bytes: int | None = None,
     slots: int | None = None,
@@ -53,9 +54,10 @@ def attach(
 
     Raises FormatError when files and model do not belong together.
     """
-    files = expert_files(directory)
+    directory = Directory.of(directory)
+    files = directory.expert_files
     layers = _moe_layers(model)
-    _check(Path(directory), files, layers)
+    _check(directory.path, files, layers)
     hidden_size = model.args.hidden_size
     groups = group_by_shape(files)
     computes = [compute_for(next(iter(group.values())).layout, hidden_size) for group in groups]

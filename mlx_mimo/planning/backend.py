@@ -1,4 +1,4 @@
-"""What this installation computes on: Metal, CUDA, or the CPU with or without our kernels.
+"""The backend of this installation: Metal, CUDA, or the CPU with or without our kernels.
 
 MLX is imported only on a Mac or where its CUDA build is installed.
 """
@@ -7,9 +7,10 @@ import importlib.util
 import os
 import platform
 import sys
+from typing import Any
 
 
-def backend_and_limits() -> tuple[str, dict]:
+def backend_and_limits() -> tuple[str, dict[str, Any]]:
     """("metal", MLX's device information) on a Mac; ("cpu", {}) or ("cuda", …) elsewhere."""
     if platform.system() != "Darwin" and not _cuda_wheel():
         return "cpu", {}
@@ -21,7 +22,7 @@ def backend_and_limits() -> tuple[str, dict]:
 
 
 def _cuda_wheel() -> bool:
-    # By the folders' names: importlib.metadata would read a file of every package that is installed.
+    # importlib.metadata would read a file of every installed package; the folders' names are enough.
     return any(
         name.startswith("mlx_cuda") and name.endswith("-info")
         for path in sys.path
@@ -31,10 +32,10 @@ def _cuda_wheel() -> bool:
 
 
 def kernels_available() -> bool:
-    """Whether the kernels can be used. MLX_MIMO_CPU_KERNELS=0 turns them off, for gradients or a comparison."""
+    """Whether the CPU kernels can be used. MLX_MIMO_CPU_KERNELS=0 turns them off, for gradients or a comparison."""
     return os.environ.get("MLX_MIMO_CPU_KERNELS") != "0" and kernels_installed()
 
 
 def kernels_installed() -> bool:
-    """Whether the packages that the CPU kernels need are there."""
+    """Whether the packages that the CPU kernels need are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("numba", "threadpoolctl"))

@@ -1,11 +1,11 @@
-"""Bytes: what the trunk, the KV caches and a step take, and how much is left for expert slots. No MLX."""
+"""The bytes that the trunk, the KV caches and a prefill chunk take, and how many are left for expert slots. No MLX."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoint.header import read_header
+from ..checkpoint.directory import MTP_FILE, Directory
 from ..config.model_args import SLACK, ModelArgs
 from ..errors import MimoError
 from ..units import GB, format_size
@@ -27,10 +27,10 @@ LARGE_CHUNK = 4096
 
 @dataclass(frozen=True)
 class Budget:
-    """What a model takes in memory, in bytes."""
+    """The bytes that the parts of a model take in memory."""
 
     trunk: int
-    experts: int  # all of them, as slots
+    experts: int  # all of them, in slots
     kv: int  # both kinds of cache at `context` tokens, one sequence
     context: int
     chunk: int  # prompt tokens of a prefill chunk
@@ -38,26 +38,25 @@ class Budget:
     score_bytes: int  # of one token's attention scores, at full context
     logits_bytes: int
     num_experts: int  # of all layers together
-    embedding: int  # of the trunk: a token needs one row of it
+    embedding: int  # part of the trunk; a token reads one row of it
     record_bytes: int  # of one expert on disk, the mean where they differ
 
     @property
     def transients(self) -> int:
-        """Activations of one prefill chunk."""
+        """Activations and attention scores of one prefill chunk, and the logits."""
         return self.chunk * self.token_bytes + min(self.chunk, self.context) * self.score_bytes + self.logits_bytes
 
     @property
-    def besides(self) -> int:
-        """All but the experts."""
+    def non_expert_bytes(self) -> int:
         return self.trunk + self.kv + self.transients
 
     @property
     def everything(self) -> int:
-        return self.besides + self.experts
+        return self.non_expert_bytes + self.experts
 
     @property
     def slot_bytes(self) -> int:
-        """Of one expert in memory, the mean where they differ."""
+        """What one expert takes in memory, the mean where they differ."""
         return self.experts // max(self.num_experts, 1)
 
     def with_chunk(self, chunk: int) -> "Budget":
@@ -65,8 +64,10 @@ class Budget:
 
 
 class ItemBytes(NamedTuple):
-    """What an activation takes in memory, and what a matrix takes for each 16-bit number of it on disk: its weights
-    where they are not quantised, its scales where they are."""
+    """Bytes in memory of one activation, and of one 16-bit number in the files of the trunk's and the experts' weights.
+
+    Such a number is a weight that is not quantised, or a scale or a bias.
+    """
 
     activation: int
     trunk: int
@@ -74,10 +75,10 @@ class ItemBytes(NamedTuple):
 
 
 def item_bytes(cpu: bool, kernels: bool | None = None, trunk_kernels: bool = True) -> ItemBytes:
-    """On a GPU all is 16 bits wide. The CPU computes in float32, and its kernels read matrices as they are stored.
+    """The ItemBytes of a backend. A GPU computes in 16 bits; a CPU in float32, and its kernels read matrices as stored.
 
-    `kernels` says whether there are any (None: whether they can be used here), `trunk_kernels` whether the trunk has
-    them too: under an adapter, and inside mlx-lm's commands, it has not.
+    `kernels` says whether the experts use the CPU kernels (None: if they are available here), `trunk_kernels` whether
+    the trunk uses them too, as it does not with an adapter or inside mlx-lm's commands.
     """
     if not cpu:
         return ItemBytes(2, 2, 2)
@@ -87,13 +88,15 @@ def item_bytes(cpu: bool, kernels: bool | None = None, trunk_kernels: bool = Tru
 
 
 def usual_context(args: ModelArgs) -> int:
-    """Tokens that `auto` leaves room for: at most what the model takes."""
+    """Tokens of KV cache that `auto` leaves room for: CONTEXT, or the model's maximum if that is less."""
     return min(CONTEXT, args.max_position_embeddings)
 
 
 def kv_bytes(args: ModelArgs, context: int, item_bytes: int) -> int:
-    """Bytes of one sequence's KV caches at `context` tokens; a sliding layer's buffer holds up to twice its window
-    and slack."""
+    """Bytes of one sequence's KV caches at `context` tokens.
+
+    A sliding layer's buffer holds up to twice its window and slack.
+    """
     total = 0
     for layer in range(args.num_hidden_layers):
         tokens = min(context, 2 * (args.window - 1 + SLACK)) if args.is_sliding(layer) else context
@@ -101,26 +104,37 @@ def kv_bytes(args: ModelArgs, context: int, item_bytes: int) -> int:
     return total
 
 
-def measure(directory: Path, args: ModelArgs, context: int, chunk: int, *item: int) -> Budget:
-    """The budget of a converted directory, from its files' headers alone; `item` is an ItemBytes."""
-    tensors = []
-    for path in sorted(directory.glob("model*.safetensors")):
-        if not path.name.startswith("model-mtp"):
-            tensors += ((entry, 1) for entry in read_header(path).tensors.values())
+def measure(
+    directory: Directory | str | os.PathLike[str], args: ModelArgs, context: int, chunk: int, *item: int
+) -> Budget:
+    """The budget of a converted directory, from its files' headers alone; `item` is an ItemBytes.
+
+    Raises FormatError for a file that is not whole, or an expert file that is not in the format of records.
+    """
+    directory = Directory.of(directory)
+    alike = {file.path.name: file.num_experts for file in directory.expert_files.values()}
+    tensors: list[tuple[Tensor, int]] = []
+    for path in directory.weight_files:
+        entries = directory.header(path.name).tensors
+        if path.name in alike:  # its experts have one layout: those of the first, as often as there are experts
+            count = alike[path.name]
+            tensors += ((entry, count) for entry in entries.values() if ".mlp.experts.0." in entry.name)
+        elif path.name != MTP_FILE:
+            tensors += ((entry, 1) for entry in entries.values())
     return budget_of(tensors, args, context, chunk, *item)
 
 
-def estimate(config: dict, recipe: "Recipe", args: ModelArgs, context: int, chunk: int, *item: int) -> Budget:
-    """The budget that converting a checkpoint of this config.json by `recipe` would give; nothing is read for it."""
+def estimate(config: dict[str, Any], recipe: "Recipe", args: ModelArgs, context: int, chunk: int, *item: int) -> Budget:
+    """The budget of what converting a checkpoint with this config.json by `recipe` would give. No file is read."""
     from ..checkpoint import shapes
     from ..checkpoint.layout import layout_of
 
-    # A plan with one expert a layer: experts, and a router's rows, are as many times that.
+    # The layout with one expert in each layer; experts, and the router's rows, count n_routed_experts times.
     small = dict(config) | {"n_routed_experts": 1}
     wanted = shapes.trunk_shapes(small)
     for layer in shapes.moe_layers(small):
         wanted += shapes.expert_shapes(small, layer)
-    tensors = []
+    tensors: list[tuple[Tensor, int]] = []
     for file in layout_of(small, [shape.name for shape in wanted], recipe).files:
         for output in file.items:
             many = output.source.kind == "router" or output.source.kind.startswith("experts.")
@@ -129,9 +143,10 @@ def estimate(config: dict, recipe: "Recipe", args: ModelArgs, context: int, chun
 
 
 def budget_of(tensors: Iterable[tuple["Tensor", int]], args: ModelArgs, context: int, chunk: int, *item: int) -> Budget:
-    """`tensors` are (one, how many there are of it). `item` is an ItemBytes; two numbers give experts what the trunk
-    has."""
-    sizes = ItemBytes(*item) if len(item) == 3 else ItemBytes(*item, item[-1])
+    """The budget of `tensors`, each (a tensor, how many there are of it). `item` is an ItemBytes; of two numbers the
+    second is both the trunk's and the experts'.
+    """
+    sizes = ItemBytes(item[0], item[1], item[-1])
     trunk = experts = embedding = on_disk = 0
     for tensor, many in tensors:
         if ".mlp.experts." in tensor.name or ".switch_mlp." in tensor.name:
@@ -168,7 +183,7 @@ def _in_memory(tensor: "Tensor", item: int) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a model is given of a machine's memory."""
+    """The share of a machine's memory that experts get, and the prefill chunk that fits beside them."""
 
     expert_bytes: int  # of slots; at most all experts
     budget: Budget  # with the chunk that was chosen
@@ -186,11 +201,12 @@ def fit(
     large: bool = True,
     fixed: bool = False,
 ) -> Fit:
-    """Shares `available` bytes, in which the whole model must go, between experts and a prefill chunk.
+    """Divides `available` bytes, which must hold the whole model, between experts and a prefill chunk.
 
-    `large` lets chunks be larger than usual; on a CPU they are not: there arithmetic takes the time, not reading.
-    `fixed` keeps the budget's own chunk, for a program that would not ask. Raises MimoError where `auto` finds no room
-    for an expert. A size is taken as it is, whatever is free.
+    `expert_memory` is "auto", "all", or a number of bytes, which is granted whatever is free; `streamed` is whether
+    experts can be read one by one. `large` allows chunks larger than usual, which help where reading takes the time
+    and so not on a CPU. `fixed` keeps the budget's own chunk, for callers that cannot choose it. Raises MimoError where
+    `auto` finds no room for one expert.
     """
     chunks = (budget.chunk,) if fixed else (CHUNK, *_SMALLER_CHUNKS)
     if expert_memory == "auto" and streamed:
@@ -200,14 +216,14 @@ def fit(
     left = available - budget.trunk - budget.kv - wanted
     for chunk in _with_larger(chunks, budget, wanted) if large and not fixed else chunks:
         found = budget.with_chunk(chunk)
-        # A size that is asked for is kept; what a larger chunk takes is left over, and so is the floor.
+        # The size asked for is granted; the chunk takes of the rest, and a larger one must leave the floor free.
         if found.transients <= left - (FLOOR_BYTES if chunk == LARGE_CHUNK else 0):
             break
     return Fit(wanted, found)
 
 
 def _fit_auto(budget: Budget, available: int, chunks: Sequence[int]) -> Fit:
-    """The first chunk, from the largest, that takes no more than it leaves to experts."""
+    """The largest chunk that takes no more memory than it leaves to experts, or the smallest chunk."""
     for chunk in chunks:
         found = budget.with_chunk(chunk)
         room = auto_expert_bytes(found, available, refuse=chunk == chunks[-1])
@@ -217,23 +233,29 @@ def _fit_auto(budget: Budget, available: int, chunks: Sequence[int]) -> Fit:
 
 
 def _with_larger(chunks: Sequence[int], budget: Budget, room: int) -> Sequence[int]:
-    """A larger chunk than usual reads each absent expert half as often in a long prompt, and takes the place of some:
-    it is worth that where these are few beside both the resident and the absent ones."""
+    """The chunks to try, with LARGE_CHUNK first where it is worth its memory.
+
+    It halves how often a long prompt reads each absent expert, and takes the place of some resident ones. It is worth
+    that where these are few compared with both the resident and the absent experts.
+    """
     more = 20 * budget.with_chunk(LARGE_CHUNK).transients
     worth = budget.context >= LARGE_CHUNK and more <= min(room, budget.experts - room)
     return (LARGE_CHUNK, *chunks) if worth else chunks
 
 
 def auto_expert_bytes(budget: Budget, available: int, refuse: bool = True) -> int:
-    """Bytes of experts that `--expert-memory auto` keeps in `available` free bytes. Where not even the rest of the
-    model fits they are below 1, or with `refuse` a MimoError."""
-    # On a small or busy machine the floor is a wish; without the model's other parts nothing runs.
+    """Bytes of experts that `--expert-memory auto` keeps where `available` bytes are free.
+
+    They can be negative: by so much the rest of the model is too large. With `refuse`, room for less than one expert
+    raises MimoError.
+    """
+    # A small or busy machine leaves less than FLOOR_BYTES to the system, since the model needs its other parts to run.
     floor = min(max(FLOOR_BYTES, available // 10), available // 2)
-    room = available - floor - budget.besides
+    room = available - floor - budget.non_expert_bytes
     if refuse and room < max(1, budget.slot_bytes):
         raise MimoError(
-            f"{format_size(available)} of memory are free; {format_size(budget.besides)} are needed before the first "
-            f"expert, and {format_size(floor)} are left to the system: close other programs, or set --expert-memory "
-            "yourself"
+            f"{format_size(available)} of memory are free; {format_size(budget.non_expert_bytes)} are needed before "
+            f"the first expert, and {format_size(floor)} are left to the system: close other programs, or set "
+            "--expert-memory yourself"
         )
     return room

@@ -1,4 +1,4 @@
-"""How fast a model will be, from bytes alone: budget and machine in, slots and speeds with their range out. No MLX.
+"""How fast a model will be on a machine, from its budget in bytes: slots and speeds, each with its range. No MLX.
 
 A decoded token costs
 
@@ -28,9 +28,10 @@ class Range:
     high: float
 
 
-# Share of experts resident → hit rate while decoding. Others measured 64–71 % at 12.5 % and 80–87 % at 25 % on a model
-# of the same expert geometry, 29 % for a decayed LFU at 3 % (5 % for LRU). At half the curve is drawn from what lies
-# beside it: the one published figure there, 83 %, is of another model, and less than this one hits at a quarter.
+# (share of experts resident, hit rate while decoding: low, expected, high). Others measured 64–71 % at 12.5 % and
+# 80–87 % at 25 % on a model of the same expert geometry, 29 % for a decayed LFU at 3 % (5 % for LRU). The row at half
+# lies between its neighbours: the one published figure there, 83 %, is of another model and below this one's at a
+# quarter.
 HIT_RATES: Sequence[tuple[float, float, float, float]] = (
     (0.0, 0.0, 0.0, 0.0),
     (0.031, 0.05, 0.25, 0.35),
@@ -41,7 +42,7 @@ HIT_RATES: Sequence[tuple[float, float, float, float]] = (
     (1.0, 1.0, 1.0, 1.0),
 )
 BANDWIDTH_USED = Range(0.45, 0.60, 0.75)  # share of the memory's bandwidth that decoding reaches on a GPU
-CPU_BANDWIDTH_USED = Range(0.55, 0.80, 0.95)  # and on a CPU, of what copying reaches there: see docs/PERFORMANCE.md
+CPU_BANDWIDTH_USED = Range(0.55, 0.80, 0.95)  # on a CPU, of what a copy reaches: see docs/PERFORMANCE.md
 DISK_USED = Range(0.70, 0.85, 1.0)  # share of the disk's speed that reads of single experts reach
 ROUTER_WAIT = Range(300e-6, 150e-6, 70e-6)  # seconds a layer loses where the host waits for its router
 OPERATIONS_PER_BYTE = Range(10.0, 17.0, 25.0)  # prefill's operations a second for each byte a second of bandwidth
@@ -49,6 +50,8 @@ OPERATIONS_PER_BYTE = Range(10.0, 17.0, 25.0)  # prefill's operations a second f
 
 @dataclass(frozen=True)
 class Forecast:
+    """How a model runs with a number of slots. Of a Range of speeds, low is the slowest."""
+
     expert_bytes: int  # of slots
     slots: int
     share: float  # of all experts
@@ -70,7 +73,7 @@ def bandwidth_used(machine: Machine) -> Range:
 
 
 def hit_rate(share: float) -> Range:
-    """Expected hits of decoding with a share of the experts resident."""
+    """The hit rate of decoding that is expected with a share of the experts resident."""
     place = min(bisect_right([row[0] for row in HIT_RATES], share), len(HIT_RATES) - 1)
     below, above = HIT_RATES[place - 1], HIT_RATES[place]
     part = (share - below[0]) / (above[0] - below[0])
@@ -78,13 +81,12 @@ def hit_rate(share: float) -> Range:
 
 
 def fit_on(budget: Budget, machine: Machine, expert_memory: str | int = "auto", streamed: bool = True) -> Fit:
-    """What `load` would give to experts on a machine, and the prefill chunk beside them; stacked experts
-    (`streamed=False`) are there all or not at all.
+    """The Fit that `load` would choose on a machine. Stacked experts (`streamed=False`) must all fit.
 
-    Raises MimoError where it does not fit.
+    Raises MimoError where the model does not fit.
     """
     found = fit(budget, machine.available, expert_memory, streamed, large=machine.backend != "cpu")
-    needed = found.budget.besides + found.expert_bytes
+    needed = found.budget.non_expert_bytes + found.expert_bytes
     if needed > machine.available:
         what = (
             f"--expert-memory asks for {format_size(found.expert_bytes)}"
@@ -93,8 +95,8 @@ def fit_on(budget: Budget, machine: Machine, expert_memory: str | int = "auto", 
             f"{format_size(found.expert_bytes)}"
         )
         raise MimoError(
-            f"{format_size(machine.available)} of memory are free; {what}, and {format_size(found.budget.besides)} are "
-            "needed besides"
+            f"{format_size(machine.available)} of memory are free; {what}, and "
+            f"{format_size(found.budget.non_expert_bytes)} are needed besides"
         )
     return found
 
@@ -107,7 +109,10 @@ def forecast(
     chunk: int,
     hits: Range | None = None,
 ) -> Forecast:
-    """Speeds with `expert_bytes` of slots. `hits`, where known from a trace, replaces the assumed hit rates."""
+    """The forecast with `expert_bytes` of slots. `hits`, known from a trace, replaces the assumed hit rates.
+
+    Raises MimoError where `expert_bytes` holds no expert.
+    """
     slots = min(budget.num_experts, expert_bytes // max(budget.slot_bytes, 1))
     if slots < 1:
         raise MimoError(f"expert memory of {expert_bytes:,} bytes holds no expert of {budget.slot_bytes:,} bytes")
@@ -148,7 +153,7 @@ def forecast(
 
 
 def _active_parameters(args: ModelArgs) -> int:
-    """Weights that one token of a prompt is multiplied with; neither embedding nor head."""
+    """The number of weights that a prompt's token is multiplied with, without embedding and head."""
     total = 0
     for layer in range(args.num_hidden_layers):
         keys, values = args.head_dims(layer)

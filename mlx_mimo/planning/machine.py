@@ -1,7 +1,6 @@
-"""What a machine has: memory, limits, speeds. This one as the system tells, or another one by its numbers.
+"""A machine's memory, limits and speeds: this one's as the system reports them, or another one's as they are given.
 
-MLX is asked only on a Mac or where its CUDA build is installed, for the device and its limits; everything else comes
-from the system.
+MLX is imported only on a Mac or where its CUDA build is installed, for the device and its limits.
 """
 
 import os
@@ -20,8 +19,8 @@ from .budget import ItemBytes, item_bytes
 from .memory import available_memory
 
 GIB = 2**30
-ASSUMED_DISK = 3.0 * GB  # bytes a second, where nothing was measured
-SYSTEM_BYTES = 3 * GIB  # what macOS and a few programs take on a machine that is only imagined
+ASSUMED_DISK = 3.0 * GB  # bytes a second, where none is measured or given
+SYSTEM_BYTES = 3 * GIB  # what macOS and a few programs are assumed to take
 # Memory bandwidth in GB/s by chip, as Apple gives it; the larger where there are two.
 CHIP_BANDWIDTH = {
     "M1": 68, "M1 Pro": 200, "M1 Max": 400, "M1 Ultra": 800,
@@ -34,7 +33,7 @@ CHIP_BANDWIDTH = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes, and bytes a second."""
+    """One machine. Memory is in bytes, disk and memory bandwidth in bytes a second."""
 
     name: str
     backend: str  # metal, cuda or cpu
@@ -47,14 +46,13 @@ class Machine:
 
     @property
     def item_bytes(self) -> ItemBytes:
-        """Of an activation, and of what is stored in 16 bits. Another machine is thought to have the CPU kernels if
-        this one has."""
+        """The machine's ItemBytes. Another machine is assumed to have the CPU kernels if this one has."""
         return item_bytes(self.backend == "cpu")
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is said of a machine on the command line; None is what this one has."""
+    """What the command line says of a machine; None means as on this one."""
 
     memory: int | None = None
     available: int | None = None
@@ -64,12 +62,12 @@ class Given:
 
     @property
     def elsewhere(self) -> bool:
-        """With other memory it is another machine: nothing of this one says anything about it."""
+        """Whether it is another machine. With other memory it is: nothing of this one is assumed of it then."""
         return self.memory is not None
 
 
 def working_set(memory: int) -> int:
-    """Metal's recommended working set, as Macs of that memory report it: two thirds, three quarters above 36 GiB."""
+    """Metal's recommended working set in bytes, as Macs report it: 2/3 of memory up to 36 GiB, 3/4 above."""
     return memory * 2 // 3 if memory <= 36 * GIB else memory * 3 // 4
 
 
@@ -82,7 +80,7 @@ def imagined(
     backend: str = "metal",
     origin: str = "given",
 ) -> Machine:
-    """A machine by its numbers; what is left out is assumed."""
+    """A machine of the given numbers; what is None is assumed. `origin` says where disk and bandwidth come from."""
     if available is None:
         available = max(memory // 2, memory - SYSTEM_BYTES)
         if backend == "metal":
@@ -128,7 +126,7 @@ MACS: Sequence[Machine] = (
 
 
 def this_machine(files: Sequence[Path] = ()) -> Machine:
-    """The machine this runs on; its disk is measured for a fraction of a second on `files`, where there are any."""
+    """The machine this runs on. Its disk is measured on `files` for a fraction of a second, if there are any."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -150,11 +148,11 @@ def this_machine(files: Sequence[Path] = ()) -> Machine:
 
 
 def machine_with(given: Given, files: Sequence[Path] = ()) -> Machine:
-    """The machine that is described, else this one; its disk is measured on `files` unless it is given.
+    """The machine that is given, with this one's values where it says nothing; the disk is measured on `files`.
 
-    Raises UsageError where more is free than there is.
+    Raises UsageError where more memory is free than there is.
     """
-    if given.elsewhere:
+    if given.memory is not None:
         _check_free(given.available, given.memory)
         name = f"a machine of {format_size(given.memory)}"
         backend = given.backend or "metal"
@@ -175,6 +173,7 @@ def _check_free(available: int | None, memory: int) -> None:
 
 
 def chip_name() -> str:
+    """Such as "Apple M4 Max" on a Mac, "x86_64, 8 cores" elsewhere."""
     if platform.system() == "Darwin":
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "Mac"
@@ -182,8 +181,10 @@ def chip_name() -> str:
 
 
 def copy_speed(nbytes: int = 1 << 26, repeats: int = 3) -> float:
-    """Bytes a second that all cores together read and write when they copy, the median: a lower bound of the memory's
-    bandwidth."""
+    """Bytes a second that all cores together read and write in a copy, the median of `repeats`.
+
+    It is a lower bound of the memory's bandwidth.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
@@ -203,7 +204,7 @@ def copy_speed(nbytes: int = 1 << 26, repeats: int = 3) -> float:
 def read_speed(files: Sequence[Path], seconds: float = 0.15, piece: int = 1 << 22, threads: int = 4) -> float | None:
     """Bytes a second of parallel reads from `files`, past the page cache where the system allows it.
 
-    None where there is too little to measure, or nothing that can be read. Stops after `seconds`.
+    It takes `seconds`, or less where the files end before. None where they are too small or cannot be read.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -214,7 +215,7 @@ def read_speed(files: Sequence[Path], seconds: float = 0.15, piece: int = 1 << 2
     began = time.perf_counter()
     end = began + seconds
 
-    def read(mine: list) -> int:
+    def read(mine: list[tuple[Path, int]]) -> int:
         done, buffer = 0, bytearray(piece)
         for file, start in mine:
             if time.perf_counter() > end:
@@ -222,7 +223,7 @@ def read_speed(files: Sequence[Path], seconds: float = 0.15, piece: int = 1 << 2
             try:
                 done += _read_past_cache(file, start, buffer)
             except OSError:
-                break  # what is wrong with a file, doctor's checks and loading say
+                break  # doctor's checks and loading report a file that cannot be read
         return done
 
     pieces = work[::stride]
@@ -232,7 +233,7 @@ def read_speed(files: Sequence[Path], seconds: float = 0.15, piece: int = 1 << 2
 
 
 def _size_of(path: Path) -> int:
-    """0 for a link that leads nowhere or a file that may not be opened: such a file says nothing of the disk."""
+    """The size in bytes; 0 for a file that cannot be opened, which is left out of the measurement."""
     try:
         with open(path, "rb") as file:
             return os.fstat(file.fileno()).st_size

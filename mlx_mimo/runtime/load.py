@@ -7,8 +7,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..checkpoint.directory import Directory
-from ..checkpoint.header import read_header
-from ..checkpoint.record import expert_files
 from ..config.model_args import ModelArgs
 from ..cpu.adapt import adapt
 from ..errors import FormatError, MimoError, UsageError
@@ -57,13 +55,13 @@ def load(
     directory = find(path_or_hf_repo)
     overrides = {} if sliding_window is None else {"window_keys": sliding_window}
     args = ModelArgs.from_dict(directory.config | overrides)
-    check_files(directory.path)
+    directory.check()
     mx.set_cache_limit(cache_limit())
     if threads is not None:
         from ..cpu import set_threads
 
         set_threads(threads)
-    streamable = bool(expert_files(directory.path))
+    streamable = directory.is_streamable
     if not streamable and isinstance(expert_memory, int):
         raise FormatError(
             f"{directory.path}: its experts are stacked, so one cannot be read alone; "
@@ -78,7 +76,7 @@ def load(
     if streamable:
         model.residency = attach(
             model,
-            directory.path,
+            directory,
             expert_memory_bytes=None if expert_memory == "all" else found.expert_bytes,
             policy=expert_policy,
             compute_for=choose_compute,
@@ -157,35 +155,13 @@ def load_trunk(directory: Directory, overrides: dict, without_experts: bool, ker
     return model
 
 
-def check_files(path: Path) -> None:
-    """Every file that the index names is there, whole, and holds the tensors it should. Raises FormatError."""
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        if not list(path.glob("model*.safetensors")):
-            raise FormatError(f"{path}: no model*.safetensors; a converted directory expected")
-        return
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        wanted: dict[str, set[str]] = {}
-        for name, file in weight_map.items():
-            wanted.setdefault(file, set()).add(name)
-        if not all(isinstance(file, str) for file in wanted):
-            raise TypeError("a file's name is no text")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FormatError(f"{index.name}: not an index of safetensors files ({error!r}); convert again") from None
-    for file, names in wanted.items():
-        absent = names - read_header(path / file).tensors.keys()
-        if absent:
-            raise FormatError(f"{file}: {min(absent)} is missing, {index.name} expects it here; convert again")
-
-
 def expert_limit(
     directory: Directory, args: ModelArgs, expert_memory: str | int, kernels: bool = True, fixed_chunk: bool = False
 ) -> Fit:
     """Bytes for experts, and the prefill chunk that fits beside them: the usual one where it is fixed. `kernels` as
     `load_trunk` was given it."""
     sizes = item_bytes(on_cpu(), trunk_kernels=kernels)
-    budget = measure(directory.path, args, usual_context(args), CHUNK, *sizes)
+    budget = measure(directory, args, usual_context(args), CHUNK, *sizes)
     # The trunk is loaded by now, so what is free no longer contains it.
     return fit(
         budget, available_memory(working_set(), held=budget.trunk), expert_memory, large=not on_cpu(), fixed=fixed_chunk

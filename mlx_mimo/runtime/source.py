@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..checkpoint.directory import Directory, read_config
+from ..checkpoint.directory import WEIGHTS, Directory
 from ..demo import CHECKPOINT
 from ..errors import MimoError, UsageError
 from ..units import format_size
@@ -17,13 +17,14 @@ def find(model: str | Path | None) -> Directory:
     Raises FormatError, MimoError or UsageError.
     """
     path = demo_directory() if model is None else _local(model)
-    directory = Directory(path, read_config(path))
+    directory = Directory(path)
     if directory.is_fp8:
         from ..config.model_args import ModelArgs
 
         ModelArgs.from_dict(directory.config)  # another model is refused by its name, not offered for conversion
         target = _convert_beside(directory)
-        directory = Directory(target, read_config(target))
+        directory = Directory(target)
+        _ = directory.config  # which must be readable
     return directory
 
 
@@ -80,7 +81,7 @@ def _fetch(repo: str) -> Path:
                 f"{repo} is an FP8 checkpoint, which must be converted first: "
                 f"mlx_mimo convert --hf-path {repo} --mlx-path {repo.split('/')[-1]}-4bit"
             )
-        patterns = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+        patterns = ["*.json", WEIGHTS, "*.jinja", "*.txt", "tokenizer.model"]
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except MimoError:
         raise

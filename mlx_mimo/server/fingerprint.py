@@ -7,10 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import __version__
-from ..checkpoint.directory import read_config
+from ..checkpoint.directory import read_config, weight_files
+from ..checkpoint.manifest import MANIFEST
 from ..config.model_args import ModelArgs
-
-MANIFEST = "mlx_mimo.json"
 
 
 def fingerprint(directory: Path, args: ModelArgs, adapter: Path | None = None) -> str:
@@ -23,7 +22,7 @@ def fingerprint(directory: Path, args: ModelArgs, adapter: Path | None = None) -
         "config": config,
         "window": args.window,
         "manifest": _sum(directory / MANIFEST),
-        "files": [_file(path) for path in sorted(directory.glob("model*.safetensors"))],
+        "files": [_file(path) for path in weight_files(directory)],
         "adapter": [(path.name, _sum(path)) for path in sorted(adapter.glob("adapter*"))] if adapter else None,
     }
     digest.update(json.dumps(described, sort_keys=True).encode())

@@ -10,9 +10,9 @@ from damage import copy
 from mlx_mimo.convert import convert_checkpoint, remote
 from mlx_mimo.convert import repair as module
 from mlx_mimo.convert.__main__ import main
+from mlx_mimo.convert.converted import ConvertedSource
 from mlx_mimo.convert.repair import OLD, examine, relative_errors, repair
 from mlx_mimo.convert.source import Source
-from mlx_mimo.convert.converted import ConvertedSource
 from mlx_mimo.convert.verify import verify
 from mlx_mimo.errors import MimoError
 

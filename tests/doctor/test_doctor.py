@@ -13,18 +13,18 @@ import pytest
 from converted import converted_directory, fp8_directory, stacked_directory
 
 from mlx_mimo.bridge import __main__ as bridge
+from mlx_mimo.checkpoint import directory as directory_module
+from mlx_mimo.checkpoint.directory import Directory
 from mlx_mimo.checkpoint.header import read_header
 from mlx_mimo.config import released
 from mlx_mimo.config.model_args import ModelArgs
-from mlx_mimo.doctor import directory_checks as model_checks
 from mlx_mimo.doctor.__main__ import build_parser, doctor
-from mlx_mimo.doctor.directory_checks import Headers
 from mlx_mimo.doctor.machine_checks import FAILED, OK, SKIPPED, WARNING, disk_kind, mac_disk_kind
 from mlx_mimo.errors import FormatError, UsageError
-from mlx_mimo.plan import make_plan, subject_of
-from mlx_mimo.planning.budget import CHUNK, ItemBytes, measure
+from mlx_mimo.plan import subject_of
+from mlx_mimo.planning.budget import CHUNK, ItemBytes, budget_of, measure
 from mlx_mimo.planning.machine import GIB, imagined
-from mlx_mimo.runtime.load import check_files
+from mlx_mimo.planning.plan import make_plan
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "doctor_time.py"))
 # Of processor time, in which other work on the machine counts less; about 1 s of it is used on two busy cores.
@@ -234,9 +234,11 @@ def test_stacked_experts_must_all_fit(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("sizes", [ItemBytes(2, 2, 2), ItemBytes(4, 2, 2), ItemBytes(4, 4, 2)])
-def test_doctor_leaves_the_room_that_auto_leaves(release, sizes):
-    args = ModelArgs.from_dict(released.CONFIG)
-    assert Headers(release).budget(args, *sizes) == measure(release, args, 32768, CHUNK, *sizes)
+def test_the_budget_counts_every_expert_as_the_first_of_its_layer(release, sizes):
+    args, directory = ModelArgs.from_dict(released.CONFIG), Directory(release)
+    entries = [e for file in directory.files for e in directory.header(file).tensors.values()]
+    one_by_one = budget_of(((entry, 1) for entry in entries), args, 32768, CHUNK, *sizes)
+    assert measure(directory, args, 32768, CHUNK, *sizes) == one_by_one
 
 
 def test_the_context_is_what_the_model_takes(directory, capsys):
@@ -247,7 +249,7 @@ def test_the_context_is_what_the_model_takes(directory, capsys):
 def test_each_header_is_read_once(directory, capsys, monkeypatch):
     """The released model's headers name 108,000 tensors: reading them is most of doctor's time."""
     read = []
-    monkeypatch.setattr(model_checks, "read_header", lambda path: read.append(path.name) or read_header(path))
+    monkeypatch.setattr(directory_module, "read_header", lambda path: read.append(path.name) or read_header(path))
     assert run_doctor(capsys, directory)[0] == 0
     assert sorted(read) == sorted(path.name for path in directory.glob("model*.safetensors"))
 
@@ -284,7 +286,7 @@ def test_an_index_of_something_else_than_names(directory, capsys, value):
     index.write_text(json.dumps(fields))
     assert "model.files" in fails(capsys, directory)
     with pytest.raises(FormatError, match=r"index\.json: not an index"):
-        check_files(directory)
+        Directory(directory).check()
 
 
 # What is said of memory is what plan says

@@ -12,15 +12,16 @@ from mlx_lm.utils import load_model
 
 import mlx_mimo.runtime.load as loading
 from mlx_mimo.bridge import model as bridge_file
-from mlx_mimo.checkpoint.directory import Directory, read_config
+from mlx_mimo.checkpoint.directory import Directory
 from mlx_mimo.config.model_args import ModelArgs
-from mlx_mimo.doctor import directory_checks as model_checks
+from mlx_mimo.doctor.directory_checks import directory_checks
 from mlx_mimo.errors import MimoError
-from mlx_mimo.plan import make_plan, subject_of
+from mlx_mimo.plan import subject_of
 from mlx_mimo.planning import machine
 from mlx_mimo.planning.budget import CHUNK, item_bytes, measure
 from mlx_mimo.planning.machine import this_machine
 from mlx_mimo.planning.memory import available_memory
+from mlx_mimo.planning.plan import make_plan
 from mlx_mimo.runtime.stream import generate_step
 from mlx_mimo.units import format_size
 
@@ -59,8 +60,8 @@ def metal(monkeypatch):
 
 
 def config_of(directory) -> tuple[Directory, ModelArgs]:
-    config = read_config(directory)
-    return Directory(directory, config), ModelArgs.from_dict(config)
+    found = Directory(directory)
+    return found, ModelArgs.from_dict(found.config)
 
 
 def budget_of(cpu: bool):
@@ -70,7 +71,7 @@ def budget_of(cpu: bool):
 
 def room_for(budget, slots: int) -> int:
     """What must be free for so many experts beside the smallest chunk: half of it is left to the system."""
-    return 2 * (budget.with_chunk(256).besides + slots * budget.slot_bytes + budget.slot_bytes // 2)
+    return 2 * (budget.with_chunk(256).non_expert_bytes + slots * budget.slot_bytes + budget.slot_bytes // 2)
 
 
 def planned_slots() -> tuple[int, int]:
@@ -81,7 +82,7 @@ def planned_slots() -> tuple[int, int]:
 
 
 def checked(name: str) -> str:
-    checks = model_checks.directory_checks(converted_directory(), deep=False)
+    checks = directory_checks(converted_directory(), deep=False)
     return next(check.found for check in checks if check.id == name)
 
 
@@ -111,7 +112,7 @@ def test_load_plan_and_doctor_choose_the_same_on_metal(free, metal, tight):
     directory, args = config_of(converted_directory())
     found = loading.expert_limit(directory, args, "auto")
     assert (found.expert_bytes // budget.slot_bytes, found.chunk) == (7, 256)
-    assert found.expert_bytes + found.budget.besides <= least
+    assert found.expert_bytes + found.budget.non_expert_bytes <= least
 
 
 def test_what_is_held_counts_within_the_working_set(free):
@@ -134,11 +135,10 @@ def test_training_counts_the_trunk_within_the_working_set(free, monkeypatch):
     """What is left of Metal's limit for whole experts is less by the trunk that is there."""
     trunk, held = 4000, SimpleNamespace(slots=3, slot_bytes=100)
     parameters = {"trunk": mx.zeros(trunk // 4)}
-    needed = sum(
-        file.num_experts * file.layout.nbytes for file in bridge_file.expert_files(converted_directory()).values()
-    )
+    directory = Directory(converted_directory())
+    needed = sum(file.num_experts * file.layout.nbytes for file in directory.expert_files.values())
     model = SimpleNamespace(
-        residency=SimpleNamespace(counters=held), parameters=lambda: parameters, _directory=converted_directory()
+        residency=SimpleNamespace(counters=held), parameters=lambda: parameters, _directory=directory
     )
     assert sum(value.nbytes for _, value in tree_flatten(parameters)) == trunk
     monkeypatch.setattr(bridge_file, "on_cpu", lambda: False)
@@ -158,7 +158,7 @@ def test_the_bridge_leaves_room_for_the_chunks_of_mlx_lm(free):
     assert loading.expert_limit(directory, args, "auto").chunk == 256
     with pytest.raises(MimoError, match="before the first expert"):
         loading.expert_limit(directory, args, "auto", fixed_chunk=True)
-    free(2 * (usual.besides + 10 * usual.slot_bytes))
+    free(2 * (usual.non_expert_bytes + 10 * usual.slot_bytes))
     assert loading.expert_limit(directory, args, "auto", fixed_chunk=True).chunk == 2048
 
 
@@ -167,10 +167,10 @@ def test_a_bridged_model_is_loaded_with_that_room(free):
     sizes = item_bytes(cpu=True, trunk_kernels=False)
     budget = measure(directory.path, args, args.max_position_embeddings, CHUNK, *sizes)
     classes = bridge_file.classes(directory.path, bridge_file.Settings())
-    free(2 * budget.besides - budget.trunk)
-    with pytest.raises(MimoError, match=f"{format_size(budget.besides)} are needed before the first expert"):
+    free(2 * budget.non_expert_bytes - budget.trunk)
+    with pytest.raises(MimoError, match=f"{format_size(budget.non_expert_bytes)} are needed before the first expert"):
         load_model(directory.path, get_model_classes=lambda config: classes)
-    free(2 * (budget.besides + 9 * budget.slot_bytes) - budget.trunk)
+    free(2 * (budget.non_expert_bytes + 9 * budget.slot_bytes) - budget.trunk)
     model, _ = load_model(directory.path, get_model_classes=lambda config: classes)
     assert model.residency.counters.slots == 9
     model.residency.close()

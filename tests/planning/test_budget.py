@@ -82,7 +82,7 @@ def test_auto_refuses_with_what_is_needed():
         MimoError, match=r"11\.0 GB of memory are free; 7\.5 GB are needed before the first expert, and 4"
     ):
         fit(budget, 11 * GB)
-    needed = budget.with_chunk(256).besides + 4 * GB
+    needed = budget.with_chunk(256).non_expert_bytes + 4 * GB
     assert fit(budget, needed + 2 * budget.slot_bytes).expert_bytes == 2 * budget.slot_bytes
 
 
@@ -105,7 +105,7 @@ def test_the_chunk_follows_from_what_is_free(available, chunk):
     the room for it is one in twenty, as usual where everything is resident."""
     found = fit(full("4bit"), int(available * GB))
     assert found.chunk == chunk
-    assert found.expert_bytes + found.budget.besides <= (available - 4) * GB
+    assert found.expert_bytes + found.budget.non_expert_bytes <= (available - 4) * GB
     assert (found.expert_bytes == found.budget.experts) == (available == 240)
 
 
