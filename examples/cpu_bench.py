@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit, prange
 
 from mlx_mimo.cpu import kernels
-from mlx_mimo.cpu.packed import Expert, Packed, experts, matmul
+from mlx_mimo.cpu.packed import Packed
+from mlx_mimo.cpu.products import ExpertMatrices, matmul, run_experts
 
 HIDDEN, INNER, TOP_K = 4096, 2048, 8  # the released model's
 
@@ -89,7 +90,7 @@ def main() -> None:
     print(f"{kernels.threads()} threads, {options.repeats} repeats, GB/s as medians")
     for bits, group, mode in formats:
         shapes = [(INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)]
-        bank = Expert(*(random_bank(options.slots, *shape, bits, group, mode) for shape in shapes))
+        bank = ExpertMatrices(*(random_bank(options.slots, *shape, bits, group, mode) for shape in shapes))
         order = np.random.default_rng(2).permutation(options.slots).astype(np.int32)
         turn = iter(range(10**9))
 
@@ -97,7 +98,7 @@ def main() -> None:
         words = [matrix.views[0].host.reshape(options.slots, -1).view(np.int64) for matrix in matrices]
 
         def one_token(bank=bank, order=order, turn=turn) -> None:
-            experts(x, np.roll(order, -TOP_K * next(turn))[None, :TOP_K], bank)
+            run_experts(x, np.roll(order, -TOP_K * next(turn))[None, :TOP_K], bank)
 
         def scattered(words=words, order=order, turn=turn) -> None:
             for slot in np.roll(order, -TOP_K * next(turn))[:TOP_K]:

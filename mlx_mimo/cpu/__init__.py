@@ -1,6 +1,6 @@
-"""The CPU fallback: kernels on packed weights, and the modules that stand in for MLX's.
+"""The CPU fallback: kernels that read packed weights, and modules that use them in the place of MLX's.
 
-Importing this needs neither numba nor MLX; `planning.backend.kernels_available` tells whether the rest can be imported.
+This file imports neither numba nor MLX; `planning.backend.kernels_available` tells whether the others can be imported.
 """
 
 import warnings
@@ -11,13 +11,13 @@ WITHOUT_NUMBA = "no numba or threadpoolctl: MLX's own operations run, many times
 
 
 def note_if_missing() -> None:
-    """Says once that numba would help."""
+    """Warns where the packages that the kernels need are not installed."""
     if not backend.kernels_installed():
         warnings.warn(WITHOUT_NUMBA, stacklevel=2)
 
 
 def set_threads(count: int) -> None:
-    """How many threads the kernels use; all cores by default. Without numba there is nothing to set."""
+    """Sets how many threads the kernels use; all cores by default. Does nothing without numba."""
     if backend.kernels_available():
         from . import kernels
 

@@ -1,6 +1,6 @@
-"""Makes a loaded model fit for the CPU: our modules in the place of MLX's.
+"""Prepares a loaded model for the CPU: puts modules with kernels in the place of MLX's.
 
-numba is optional: what needs it is imported where it is used.
+numba is optional: modules that need it are imported inside the functions that use them.
 """
 
 import mlx.core as mx
@@ -14,9 +14,10 @@ from . import note_if_missing
 
 
 def adapt(model: nn.Module, kernels: bool = True) -> None:
-    """Makes a loaded model fit for the CPU, in place: modules with kernels, float32 elsewhere.
+    """Prepares a loaded model for the CPU, in place: modules with kernels where there are any, float32 elsewhere.
 
-    Without kernels all is float32: MLX's CPU backend accumulates in the activations' type, and is slow in 16 bits.
+    Without kernels every parameter becomes float32: MLX's CPU backend accumulates in the activations' type, and is slow
+    in 16 bits.
     """
     if kernels and backend.kernels_available():
         use_cpu_kernels(model)
@@ -27,9 +28,9 @@ def adapt(model: nn.Module, kernels: bool = True) -> None:
 
 
 def use_cpu_kernels(model: nn.Module) -> nn.Module:
-    """Swaps the modules that the kernels can do better into `model`, in place; what remains becomes float32.
+    """Replaces the modules of `model` that have kernels, in place; the others' 16-bit parameters become float32.
 
-    Quantised weights and their scales stay as they are. Formats without kernels keep MLX's operations in float32.
+    Returns `model`. Quantised weights and their scales keep their types. Formats without kernels keep MLX's modules.
     """
     from .attention import attention
     from .decode import adopt
@@ -40,9 +41,9 @@ def use_cpu_kernels(model: nn.Module) -> nn.Module:
         if replacement is not None:
             swapped.append((path, replacement))
     inside = tuple(f"{path}." for path, _ in swapped)
-    whole = {path for path, _ in swapped}
+    replaced = {path for path, _ in swapped}
     for path, module in model.named_modules():
-        if path not in whole and not path.startswith(inside):
+        if path not in replaced and not path.startswith(inside):
             _widen(module)
     for _, module in model.named_modules():
         if isinstance(module, Attention):
@@ -73,7 +74,7 @@ def _replacement(module: nn.Module) -> nn.Module | None:
 
 
 def _widen(module: nn.Module) -> None:
-    """The module's own 16-bit parameters become float32."""
+    """Makes the module's own 16-bit parameters float32."""
     for name, value in list(module.items()):
         if isinstance(value, mx.array) and value.dtype in (mx.bfloat16, mx.float16):
             module[name] = value.astype(mx.float32)

@@ -1,4 +1,4 @@
-"""Attention on the host: NumPy's BLAS for the products, which MLX's CPU backend runs through a reference BLAS."""
+"""Attention on the host with NumPy's BLAS; MLX's CPU backend uses a reference BLAS, which is slower."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,10 @@ BLOCK = 256  # queries at a time, so that scores stay small
 
 
 def attention(queries, keys, values, cache=None, *, scale: float, mask=None, sinks=None) -> mx.array:
-    """As mx.fast.scaled_dot_product_attention, in float32: queries (B, H, L, D), keys and values (B, KV, S, …)."""
+    """mx.fast.scaled_dot_product_attention in float32: queries (B, H, L, D), keys and values (B, KV, S, …).
+
+    Raises MimoError for a quantised cache, and inside a transformation.
+    """
     check_cache(cache)
     queries, keys, values = _float32(queries, keys, values)
     compute = on_host(lambda queries, *sinks: attend(queries, keys, values, scale, mask, *sinks))
@@ -19,13 +22,13 @@ def attention(queries, keys, values, cache=None, *, scale: float, mask=None, sin
 
 
 def check_cache(cache) -> None:
-    """Raises MimoError for a cache whose keys and values cannot be read as they lie."""
+    """Raises MimoError for a quantised cache, whose keys and values cannot be read in place."""
     if hasattr(cache, "bits"):
         raise MimoError("quantised KV caches have no CPU kernel; leave --kv-bits out")
 
 
 def attend(queries, keys, values, scale: float, mask=None, sinks=None) -> np.ndarray:
-    """`attention` of NumPy arrays."""
+    """`attention` for NumPy arrays; mask may be an MLX array."""
     if isinstance(mask, mx.array):
         mask = np.asarray(mask) if mask.dtype == mx.bool_ else host(mask)
     with blas.limited(queries.size * keys.shape[2] * 2):
@@ -33,12 +36,12 @@ def attend(queries, keys, values, scale: float, mask=None, sinks=None) -> np.nda
 
 
 def _float32(queries, keys, values) -> tuple[mx.array, np.ndarray, np.ndarray]:
-    """All three waited for at once; keys and values as the cache's memory where it lies, slices included."""
+    """Waits for all three at once; returns keys and values as views of the cache's memory, slices included."""
     queries, keys, values = (x if x.dtype == mx.float32 else x.astype(mx.float32) for x in (queries, keys, values))
     try:
         mx.eval(queries, keys, values)
     except ValueError:
-        host(keys)  # raises the right error
+        host(keys)  # raises MimoError
         raise
     return queries, np.asarray(keys), np.asarray(values)
 
@@ -53,7 +56,7 @@ def _attend(queries, keys, values, scale, mask, sinks) -> np.ndarray:
         for first in range(0, length, BLOCK):
             last = min(first + BLOCK, length)
             q = queries[b, group, first:last].reshape(shared * (last - first), -1)
-            # What no query of the block may see is left out; a window leaves out the front as well.
+            # Keys behind the block's last query are left out under a causal mask.
             end = seen - length + last if isinstance(mask, str) else seen
             scores = (q @ keys[b, kv, :end].T).reshape(shared, last - first, end)
             scores *= np.float32(scale)
@@ -65,7 +68,7 @@ def _attend(queries, keys, values, scale, mask, sinks) -> np.ndarray:
 
 
 def _mask(scores, mask, b, group, first, last, before) -> None:
-    """Puts -inf (or a mask of floats) on what may not be seen."""
+    """Adds a mask of floats to scores, or writes -inf where a query may not see a key."""
     if mask is None:
         return
     if isinstance(mask, str):
@@ -84,7 +87,7 @@ def _mask(scores, mask, b, group, first, last, before) -> None:
 
 
 def _softmax(scores, sinks) -> tuple[np.ndarray, np.ndarray]:
-    """(numerators, denominators), the sink of a head being one more score without a value. Writes over `scores`."""
+    """(numerators, denominators); a head's sink is one more score without a value. Overwrites `scores`."""
     top = scores.max(-1, keepdims=True)
     if sinks is not None:
         top = np.maximum(top, sinks[:, None, None])

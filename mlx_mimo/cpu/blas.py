@@ -1,5 +1,8 @@
-"""How many threads NumPy's BLAS may use for a call. OpenBLAS's wait for more work busily, for some 20 ms after each
-call, and on a machine with few cores they take the kernels' from them."""
+"""Limits the threads of NumPy's BLAS, call by call.
+
+OpenBLAS's threads wait busily for some 20 ms after each call; on a machine with few cores the kernels' threads would
+have to share cores with them.
+"""
 
 import contextlib
 import functools
@@ -15,10 +18,10 @@ WORTH_WAKING = 2**26  # multiplications: at about 50 a nanosecond a core, this i
 def _libraries() -> ThreadpoolController:
     import numpy as np
 
-    np.dot(np.zeros((1, 1)), np.zeros((1, 1)))  # loads it, where that has been put off
+    np.dot(np.zeros((1, 1)), np.zeros((1, 1)))  # makes NumPy load its BLAS
     return ThreadpoolController().select(user_api="blas")
 
 
 def limited(multiplications: int) -> contextlib.AbstractContextManager:
-    """Within it BLAS uses one thread for little work, as many as the kernels for more; then as many as before."""
+    """A context in which BLAS uses one thread for little work and the kernels' number for more."""
     return _libraries().limit(limits=kernels.threads() if multiplications >= WORTH_WAKING else 1)

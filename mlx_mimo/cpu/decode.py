@@ -1,8 +1,8 @@
-"""A decoder layer for a few tokens, on the host from end to end.
+"""A decoder layer for a few tokens, computed on the host from end to end.
 
-Whoever waits for an operation of MLX on the CPU waits tens of µs for its thread to answer, longer than most of what
-a decode step does between its matrices takes. So for a few tokens the layer's sums, rotations and weights are NumPy's,
-and only the cache is MLX's. With many tokens the model's own code runs.
+Waiting for an operation of MLX on the CPU takes tens of µs, longer than most of what a decode step does between its
+matrices. So up to MAX_HOST_ROWS tokens the layer's sums, rotations and weights are computed with NumPy, and only the
+cache is MLX's. With more tokens the model's own code runs.
 """
 
 import functools
@@ -15,18 +15,18 @@ from ..models.mimo_v2_flash import Attention, DecoderLayer, MoE
 from .attention import attend, check_cache
 from .host import host, on_host
 from .modules import KernelLinear, KernelRMSNorm, KernelRouter
-from .packed import Stack, swiglu
+from .products import Stack, swiglu
 
-FEW = 32  # rows, tokens times sequences
+MAX_HOST_ROWS = 32  # tokens times sequences
 
 
 class HostDecoderLayer(DecoderLayer):
-    """A DecoderLayer whose modules have kernels: the same parameters and results. Never made, see `adopt`."""
+    """A DecoderLayer whose modules have kernels: the same parameters and results. `adopt` turns a layer into one."""
 
     def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache=None) -> mx.array:
         """x (B, L, hidden) → (B, L, hidden) float32"""
         offset = getattr(cache, "offset", 0)
-        if x.shape[0] * x.shape[1] > FEW or not isinstance(offset, int):  # sequences of unequal length
+        if x.shape[0] * x.shape[1] > MAX_HOST_ROWS or not isinstance(offset, int):  # sequences of unequal length
             return super().__call__(x, mask, cache)
         compute = on_host(lambda x, *sinks: self._forward(x, mask, cache, *sinks))
         sinks = self.self_attn.attention_sink_bias
@@ -56,7 +56,7 @@ class HostDecoderLayer(DecoderLayer):
         return attention.o_proj.compute(out.swapaxes(1, 2).reshape(batch, length, -1))
 
     def _moe(self, x: np.ndarray) -> np.ndarray:
-        rows = x.reshape(-1, x.shape[-1])  # here, so that the experts' layer need not ask MLX to
+        rows = x.reshape(-1, x.shape[-1])  # done here, so that the experts' layer needs no MLX operation for it
         indices, weights = self.mlp.gate.compute(rows)
         y = host(self.mlp.switch_mlp(mx.array(rows), mx.array(indices)))
         return np.einsum("tkh,tk->th", y, weights).reshape(x.shape)
@@ -67,7 +67,7 @@ class HostDecoderLayer(DecoderLayer):
 
 
 def adopt(layer: DecoderLayer) -> None:
-    """Makes `layer` a HostDecoderLayer, in place, where each of its modules has a kernel."""
+    """Turns `layer` into a HostDecoderLayer, in place; does nothing where one of its modules has no kernel."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
     dense = [] if isinstance(mlp, MoE) else [mlp.gate_proj, mlp.up_proj]
@@ -80,18 +80,18 @@ def adopt(layer: DecoderLayer) -> None:
     stacks = [[linear.packed for linear in group] for group in (qkv, dense) if group]
     if type(attention) is not Attention or not all(Stack.possible(group) for group in stacks):
         return
-    # Its parameters stay where they are and keep their names, so the layer changes its class, not its place.
+    # The class changes rather than the object, so that parameters keep their names and places.
     layer.__class__ = HostDecoderLayer
     layer._qkv = Stack(stacks[0])
     layer._gate_up = Stack(stacks[1]) if dense else None
 
 
 def angles(rope: nn.RoPE, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines (length, dims / 2) of the positions from `offset` on, as MLX computes them."""
+    """Cosines and sines, each (length, dims / 2), of `length` positions from `offset` on, as MLX computes them."""
     return _angles(rope.dims, rope.base, rope.scale, offset, length)
 
 
-@functools.lru_cache(maxsize=8)  # layers of one kind ask one after the other
+@functools.lru_cache(maxsize=8)  # layers of one kind ask for the same angles in turn
 def _angles(dims: int, base: float, scale: float, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     ones = mx.concatenate([mx.ones((1, 1, length, dims // 2)), mx.zeros((1, 1, length, dims // 2))], axis=-1)
     turned = mx.fast.rope(ones, dims, traditional=False, base=base, scale=scale, offset=offset)
@@ -100,7 +100,7 @@ def _angles(dims: int, base: float, scale: float, offset: int, length: int) -> t
 
 
 def rotated(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
-    """x (B, heads, L, head_dim) with its first dims turned, as nn.RoPE(traditional=False) does."""
+    """x (B, heads, L, head_dim) with its first dims rotated, as nn.RoPE(traditional=False) does."""
     half = cosines.shape[-1]
     y = np.ascontiguousarray(x)
     y = y.copy() if y is x else y

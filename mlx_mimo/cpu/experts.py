@@ -1,4 +1,4 @@
-"""The experts' arithmetic by kernels: a strategy in the sense of `experts.compute`."""
+"""Experts computed by kernels: an `ExpertCompute`, see `experts.compute`."""
 
 import weakref
 
@@ -8,24 +8,25 @@ import numpy as np
 from ..checkpoint.packing import quantizations
 from ..checkpoint.record import PROJECTIONS, RecordLayout
 from .host import on_host
-from .packed import Expert, Packed, experts, format_of
+from .packed import Packed, format_of
+from .products import ExpertMatrices, run_experts
 
 _DTYPES = {"U32": mx.uint32, "U8": mx.uint8, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
 class KernelCompute:
-    """Reads the banks where they lie, scales and biases in 16 bits; see `packed.experts`."""
+    """Reads the banks in place, scales and biases in 16 bits; see `products.run_experts`."""
 
     widen = False
     takes_lazy = False
 
     def __init__(self, layout: RecordLayout, hidden_size: int):
         self.packing = quantizations(layout, hidden_size)
-        self._experts: dict[int, tuple[list[weakref.ref], Expert]] = {}  # by the id of a dict of banks
+        self._experts: dict[int, tuple[list[weakref.ref], ExpertMatrices]] = {}  # by the id of a dict of banks
 
     @classmethod
     def takes(cls, layout: RecordLayout, hidden_size: int) -> bool:
-        """Whether there are kernels for this record's formats."""
+        """Whether the kernels read this record's formats."""
         tensors = {tensor.name: tensor for tensor in layout.tensors}
         for projection, packing in quantizations(layout, hidden_size).items():
             dtype = _DTYPES.get(tensors[f"{projection}.weight"].dtype)
@@ -38,17 +39,17 @@ class KernelCompute:
         return True
 
     def __call__(self, x: mx.array, slots, banks: dict[str, mx.array], grouped: bool = False) -> mx.array:
-        """x (T, hidden), slots (T, K) → (T, K, hidden); `grouped` marks pairs of a call of several tokens."""
+        """x (T, hidden), slots (T, K) → (T, K, hidden); `grouped`: some pairs of a call of several tokens."""
         slots, expert = np.asarray(slots), self._expert(banks)
-        return on_host(lambda rows: experts(rows, slots, expert, grouped))(x)
+        return on_host(lambda rows: run_experts(rows, slots, expert, grouped))(x)
 
-    def _expert(self, banks: dict[str, mx.array]) -> Expert:
-        """The banks as matrices; made anew only when a bank was (a pool that changes its size)."""
+    def _expert(self, banks: dict[str, mx.array]) -> ExpertMatrices:
+        """The banks as matrices, made again only when a bank was replaced (a pool that changed its size)."""
         weights = [banks[f"{projection}.weight"] for projection in PROJECTIONS]
         known, expert = self._experts.get(id(banks), ((), None))
         if expert is None or any(ref() is not weight for ref, weight in zip(known, weights)):
-            # Nothing here may keep a bank alive, or a pool could not give memory back while it shrinks.
-            expert = Expert(*(self._matrix(projection, banks) for projection in PROJECTIONS))
+            # Only weak references: a pool that shrinks must be able to free its banks.
+            expert = ExpertMatrices(*(self._matrix(projection, banks) for projection in PROJECTIONS))
             self._experts[id(banks)] = [weakref.ref(weight) for weight in weights], expert
         return expert
 

@@ -1,179 +1,52 @@
-"""How packed weights are read, eight at a time: LLVM vector code for every format.
+"""The formats of weights that the kernels read: their names, their bits, and where eight codes lie in a word.
 
 A row of MLX's packed weights is one little-endian stream of bits, so eight codes of `bits` bits are `bits` bytes. One
-32-bit load broadcast over the lanes and masked leaves lane i holding code_i * 2^shift_i; the shift is not undone but
-multiplied into the activations beforehand (`lane_scales`; a power of two, so exact). That leaves mask, convert and
-multiply-add for eight weights, which keeps up with memory on one core. It is written as LLVM vectors rather than loops
-because that compiles in a tenth of the time and does not depend on what the vectoriser recognises.
+32-bit load broadcast over the lanes and masked leaves lane i holding code_i * 2^shift_i. The kernels do not undo the
+shift: the activations are multiplied by 2^-shift_i beforehand (`lane_scales`; a power of two, so exact).
 """
 
 import functools
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import binding
 
-LANES = 8  # one AVX2 register, two of NEON
+LANES = 8  # float32 lanes of one AVX2 register, of two NEON registers
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-AHEAD = 8192  # bytes: how far ahead weights are asked for; the hardware alone keeps too few lines in flight
-SCALE_KINDS = {"bf16": 2, "f16": 2, "f32": 4, "e8m0": 1}  # bytes of one scale
-
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F32, F16 = ir.FloatType(), ir.HalfType()
-VI32, VF32 = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
-CONTRACT = ("contract",)  # multiply and add may become one instruction
+GROUP_SIZES = (32, 64, 128)
+AFFINE = {f"affine{bits}": bits for bits in AFFINE_BITS}
+FORMAT_BITS = {**AFFINE, "mxfp4": 4, "bf16": 16, "f16": 16, "f32": 32}
+SCALE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "e8m0": 1}
 
 
 @functools.cache
-def _features() -> dict[str, bool]:
+def _cpu_features() -> dict[str, bool]:
     return dict(binding.get_host_cpu_features())
 
 
 def _unsigned_conversion_is_cheap() -> bool:
     """x86 before AVX-512 converts only signed integers in one instruction; ARM converts both."""
-    return _features().get("avx512vl", False) or not binding.get_process_triple().startswith(("x86", "i686"))
+    return _cpu_features().get("avx512vl", False) or not binding.get_process_triple().startswith(("x86", "i686"))
 
 
-def _windows(bits: int) -> list[tuple[int, int]]:
+def windows(bits: int) -> list[tuple[int, int]]:
     """(byte offset of the 32-bit load, shift within it) of each lane of a unit of eight codes.
 
-    The loads end where the unit ends at the latest, except those of 2 and 3 bits (see `load_codes`).
+    No load reaches beyond the unit, except those of 2 and 3 bits (see `codegen.vectors.load_codes`).
     """
     if bits <= 4:
         return [(0, bits * lane) for lane in range(LANES)]
     return [(0, bits * lane) if lane < 4 else (bits - 4, bits * lane - 8 * (bits - 4)) for lane in range(LANES)]
 
 
-def _high_shift(bits: int) -> int:
+def high_shift(bits: int) -> int:
     """How far lanes 4 to 7 are shifted down so that no code reaches the sign bit."""
     return 0 if bits < 4 or _unsigned_conversion_is_cheap() else 8
 
 
 def lane_scales(format: str) -> np.ndarray:
-    """What the activations are multiplied by, lane by lane: (8,) float32."""
+    """The factors of the activations, lane by lane: (8,) float32."""
     bits = FORMAT_BITS[format]
     if format not in AFFINE or bits == 8:
         return np.ones(LANES, np.float32)
-    shifts = [shift - (_high_shift(bits) if lane >= 4 else 0) for lane, (_, shift) in enumerate(_windows(bits))]
+    shifts = [shift - (high_shift(bits) if lane >= 4 else 0) for lane, (_, shift) in enumerate(windows(bits))]
     return np.exp2(-np.array(shifts, np.float32)).astype(np.float32)
-
-
-AFFINE = {f"affine{bits}": bits for bits in AFFINE_BITS}
-FORMAT_BITS = {**AFFINE, "mxfp4": 4, "bf16": 16, "f16": 16, "f32": 32}
-
-
-# ---- constants and loads
-
-
-def vector_of(type_: ir.Type, values) -> ir.Constant:
-    numbers = [ir.Constant(type_, v) for v in values]
-    return ir.Constant(ir.VectorType(type_, len(numbers)), numbers)
-
-
-def load(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type, offset: int = 0) -> ir.Value:
-    """The value at `address + offset` bytes, of any alignment."""
-    if offset:
-        address = builder.add(address, I64(offset))
-    pointer = builder.inttoptr(address, type_.as_pointer())
-    return builder.load(pointer, align=1)
-
-
-def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
-    if offset:
-        address = builder.add(address, I64(offset))
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
-
-
-def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Asks for the cache line at `address`, which need not exist, into the second cache and those behind it.
-
-    The first has room for fewer lines on their way.
-    """
-    pointer = builder.inttoptr(address, I8.as_pointer())
-    type_ = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-    function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], type_)
-    builder.call(function, [pointer, I32(0), I32(2), I32(1)])
-
-
-def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
-    vector = ir.VectorType(scalar.type, lanes)
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), vector_of(I32, [0] * lanes))
-
-
-def load_scalar(builder: ir.IRBuilder, address: ir.Value, kind: str) -> ir.Value:
-    """A scale or bias of `kind` as float32."""
-    if kind == "f32":
-        return load(builder, address, F32)
-    if kind == "f16":
-        return builder.fpext(load(builder, address, F16), F32)
-    if kind == "bf16":
-        return builder.bitcast(builder.shl(builder.zext(load(builder, address, I16), I32), I32(16)), F32)
-    # E8M0: the exponent alone. Code 0 is 2^-127, which only a subnormal can say.
-    code = builder.zext(load(builder, address, I8), I32)
-    subnormal = builder.icmp_unsigned("==", code, I32(0))
-    return builder.bitcast(builder.select(subnormal, I32(0x400000), builder.shl(code, I32(23))), F32)
-
-
-# ---- eight weights as floats, times what lane_scales undoes
-
-
-def load_codes(builder: ir.IRBuilder, format: str, address: ir.Value, last: bool) -> ir.Value:
-    """Eight weights from `address` as <8 x float>, each 1 / lane_scales too large.
-
-    `last` says that no byte beyond the unit may be touched; 2 and 3 bits then load from further back.
-    """
-    bits = FORMAT_BITS[format]
-    if format == "f32":
-        return load(builder, address, VF32)
-    if format == "f16":
-        return builder.fpext(load(builder, address, ir.VectorType(F16, LANES)), VF32)
-    if format == "bf16":
-        halves = builder.zext(load(builder, address, ir.VectorType(I16, LANES)), VI32)
-        return builder.bitcast(builder.shl(halves, vector_of(I32, [16] * LANES)), VF32)
-    if format == "mxfp4":
-        return _load_e2m1(builder, address)
-    if bits == 8:
-        return builder.sitofp(builder.zext(load(builder, address, ir.VectorType(I8, LANES)), VI32), VF32)
-    if bits < 4 and last:
-        word = builder.lshr(load(builder, address, I32, bits - 4), I32(8 * (4 - bits)))
-    else:
-        word = load(builder, address, I32)
-    words = splat(builder, word)
-    if bits > 4:
-        high = splat(builder, load(builder, address, I32, bits - 4))
-        words = builder.shuffle_vector(words, high, vector_of(I32, [0, 1, 2, 3, 12, 13, 14, 15]))
-    shifts = [shift for _, shift in _windows(bits)]
-    down = _high_shift(bits)
-    if down:
-        words = builder.lshr(words, vector_of(I32, [0] * 4 + [down] * 4))
-        shifts = [s - (down if lane >= 4 else 0) for lane, s in enumerate(shifts)]
-    masked = builder.and_(words, vector_of(I32, [((1 << bits) - 1) << s for s in shifts]))
-    return builder.sitofp(masked, VF32) if down or bits < 4 else builder.uitofp(masked, VF32)
-
-
-def _load_e2m1(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """Eight MXFP4 codes (sign, two bits of exponent, one of mantissa) as floats.
-
-    The three bits are put where float32 keeps its exponent and mantissa, giving f; f is the value from 1 up, and below,
-    where e2m1 is subnormal, 2f - 1 is: the smaller of the two is right in both halves.
-    """
-    codes = builder.lshr(splat(builder, load(builder, address, I32)), vector_of(I32, range(0, 32, 4)))
-    magnitude = builder.and_(builder.shl(codes, vector_of(I32, [22] * LANES)), vector_of(I32, [7 << 22] * LANES))
-    f = builder.bitcast(builder.add(magnitude, vector_of(I32, [126 << 23] * LANES)), VF32)
-    twice = builder.fsub(builder.fadd(f, f), vector_of(F32, [1.0] * LANES))
-    value = builder.select(builder.fcmp_ordered("<", twice, f), twice, f)
-    sign = builder.and_(builder.shl(codes, vector_of(I32, [28] * LANES)), vector_of(I32, [1 << 31] * LANES))
-    return builder.bitcast(builder.or_(builder.bitcast(value, VI32), sign), VF32)
-
-
-def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    width = LANES
-    while width > 1:
-        width //= 2
-        index = ir.Constant(ir.VectorType(I32, LANES), [I32((i + width) % LANES) for i in range(LANES)])
-        vector = builder.fadd(vector, builder.shuffle_vector(vector, vector, index))
-    return builder.extract_element(vector, I32(0))
-
-
-def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    return builder.fadd(builder.fmul(a, b, flags=CONTRACT), c, flags=CONTRACT)

@@ -11,7 +11,7 @@ NO_TRANSFORM = "CPU kernels have no {}; load the model with MLX's own operations
 
 
 def on_host(compute: Callable[..., np.ndarray | list[np.ndarray]]) -> Callable:
-    """A function of arrays from one of as many NumPy arrays; raises MimoError inside a transformation."""
+    """`compute` as a function of as many MLX arrays. Inside a transformation it raises MimoError."""
 
     @mx.custom_function
     def function(*arrays: mx.array):
@@ -34,9 +34,12 @@ def on_host(compute: Callable[..., np.ndarray | list[np.ndarray]]) -> Callable:
 
 
 def host(x: mx.array) -> np.ndarray:
-    """x as contiguous float32 in host memory, in place where it is that already; waits for it."""
+    """x as a contiguous float32 NumPy array: waits for x, and copies only what is not contiguous float32 already.
+
+    Raises MimoError inside a transformation (compile, vmap), where x has no value.
+    """
     try:
-        # No operation of MLX where none is needed: to wait for one takes longer than many a kernel here.
+        # No MLX operation where none is needed: waiting for one takes longer than many of our kernels.
         return np.ascontiguousarray(x if x.dtype == mx.float32 else x.astype(mx.float32))
     except ValueError as error:  # "Attempting to eval an array during function transformations"
         raise MimoError(NO_TRANSFORM.format("compile or vmap")) from error

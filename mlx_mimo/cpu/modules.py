@@ -1,8 +1,8 @@
-"""Modules that stand in for MLX's on the CPU: same parameters, same results in float32, the kernels' speed.
+"""Modules that replace MLX's on the CPU: the same parameters, the same results in float32, the speed of the kernels.
 
-`adapt.use_cpu_kernels` swaps them into a loaded model. Each waits for its input, computes on the host and returns a
-finished array, so none of them can take part in grad, vmap or compile: they refuse rather than answer with zeros. Nor
-can their parameters be replaced, as grad does: the kernels read those that the module was made with.
+`adapt.use_cpu_kernels` puts them into a loaded model. Each waits for its input, computes on the host and returns an
+evaluated array. So they raise MimoError inside grad, vmap and compile, and when a parameter is replaced, as grad does:
+the kernels read the parameters that the module was made with.
 """
 
 import mlx.core as mx
@@ -11,7 +11,8 @@ import numpy as np
 
 from ..errors import MimoError
 from .host import NO_TRANSFORM, host, on_host
-from .packed import Expert, Packed, experts, format_of, matmul
+from .packed import Packed, format_of
+from .products import ExpertMatrices, matmul, run_experts
 
 _FIXED = NO_TRANSFORM.format("gradient and take no other weights")
 
@@ -34,7 +35,7 @@ def _pack(module: nn.Module) -> Packed:
 
 
 def has_kernel(module: nn.Module) -> bool:
-    """Whether a Linear, QuantizedLinear or embedding is of a format that the kernels know."""
+    """Whether the kernels read the format of a Linear, QuantizedLinear or embedding."""
     if "scales" not in module:
         return format_of(module.weight.dtype) is not None
     if module["scales"].dtype not in (mx.bfloat16, mx.float16, mx.float32, mx.uint8):
@@ -44,7 +45,7 @@ def has_kernel(module: nn.Module) -> bool:
 
 
 class KernelModule(nn.Module):
-    """Parameters that kernels read where they lie. Replacing one raises MimoError: it would be ignored in silence."""
+    """A module whose parameters are read in place. Replacing one raises MimoError, since kernels would not see it."""
 
     def __setitem__(self, name: str, value) -> None:
         if isinstance(value, mx.array) and self.get(name, value) is not value:
@@ -75,7 +76,7 @@ class KernelLinear(PackedModule):
         self.freeze()
 
     def compute(self, x: np.ndarray) -> np.ndarray:
-        """As a call, of NumPy arrays and without the bias."""
+        """`__call__` for NumPy arrays, without the bias."""
         return matmul(_rows(x), self.packed).reshape(*x.shape[:-1], -1)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -94,7 +95,7 @@ class KernelRMSNorm(KernelModule):
         self.freeze()
 
     def compute(self, x: np.ndarray) -> np.ndarray:
-        """As a call, of NumPy arrays."""
+        """`__call__` for NumPy arrays."""
         squares = np.einsum("...i,...i->...", x, x)[..., None]
         y = x / np.sqrt(squares / np.float32(x.shape[-1]) + np.float32(self.eps))
         y *= self._weight
@@ -105,7 +106,7 @@ class KernelRMSNorm(KernelModule):
 
 
 class KernelEmbedding(PackedModule):
-    """nn.QuantizedEmbedding with scales that stay 16-bit: rows are made float32 when they are looked up."""
+    """nn.Embedding or nn.QuantizedEmbedding with scales that stay 16-bit: rows become float32 when looked up."""
 
     def __init__(self, embedding: nn.Module):
         super().__init__(embedding)
@@ -133,25 +134,25 @@ class KernelEmbedding(PackedModule):
 
 
 class KernelSwitchGLU(nn.Module):
-    """mlx-lm's SwitchGLU, stacked experts all resident: x (..., hidden), indices (..., K) → (..., K, hidden)."""
+    """mlx-lm's SwitchGLU with stacked experts: x (..., hidden), indices (..., K) → (..., K, hidden)."""
 
     def __init__(self, switch: nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj = PackedModule(switch.gate_proj), PackedModule(switch.up_proj)
         self.down_proj = PackedModule(switch.down_proj)
-        self._expert = Expert(self.gate_proj.packed, self.up_proj.packed, self.down_proj.packed)
+        self._expert = ExpertMatrices(self.gate_proj.packed, self.up_proj.packed, self.down_proj.packed)
         self.freeze()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         def compute(x: np.ndarray) -> np.ndarray:
-            return experts(_rows(x), slots.reshape(-1, slots.shape[-1]), self._expert).reshape(*slots.shape, -1)
+            return run_experts(_rows(x), slots.reshape(-1, slots.shape[-1]), self._expert).reshape(*slots.shape, -1)
 
         slots = np.array(indices).astype(np.int32)
         return on_host(compute)(x)
 
 
 class KernelRouter(KernelModule):
-    """Chooses experts as the model's Router does, on the host: x (..., hidden) → indices, weights (..., top_k)."""
+    """The model's Router on the host: x (..., hidden) → indices (..., top_k), weights (..., top_k)."""
 
     def __init__(self, router: nn.Module):
         super().__init__()
@@ -169,7 +170,7 @@ class KernelRouter(KernelModule):
             return (1.0 / (1.0 + np.exp(-logits))).reshape(*x.shape[:-1], -1)
 
     def compute(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As a call, of NumPy arrays."""
+        """`__call__` for NumPy arrays."""
         return self._choose(self._scores(x))
 
     def _choose(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

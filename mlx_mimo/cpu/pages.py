@@ -1,7 +1,7 @@
 """Large pages for weights, where Linux has them.
 
-With pages of 4 KB, scattered over the memory, the processor reads ahead no further than the page's end, and weights
-come slower. MLX takes its memory from malloc, which does not ask for more.
+The processor reads ahead no further than a page's end, so weights in scattered pages of 4 KB are read more slowly. MLX
+takes its memory from malloc, which does not ask for large pages.
 """
 
 import ctypes
@@ -13,12 +13,12 @@ import numpy as np
 
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _HUGEPAGE, _COLLAPSE = 14, 25  # of madvise, from Linux' mman.h; COLLAPSE is of Linux 6.1
-_AT_ONCE = 2**28  # bytes: Ctrl-C is heard between two calls
+_AT_ONCE = 2**28  # bytes in one call, so that Ctrl-C is handled between two
 
 
 @functools.cache
 def page_bytes() -> int:
-    """The size of a large page; 0 where there are none, or where whoever runs this machine wants none."""
+    """The size of a large page; 0 where there are none, or where the machine's settings forbid them."""
     if not sys.platform.startswith("linux"):
         return 0
     try:
@@ -39,8 +39,8 @@ def _madvise():
 def make_large(host: np.ndarray) -> bool:
     """Moves an array's memory into large pages, its address unchanged; returns whether that was done.
 
-    It takes as long as copying the memory, and next to nothing where that was done before. An array of less than two
-    large pages is left alone. Where the kernel refuses (an old one, or no free memory), it may do so by itself later.
+    It takes as long as copying the memory, and next to nothing where the pages are large already. Arrays of less than
+    two large pages stay as they are. Where the kernel refuses (an old one, or no free memory), it may do it later.
     """
     size = page_bytes()
     if not size or host.nbytes < 2 * size:

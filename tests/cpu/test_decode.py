@@ -1,4 +1,4 @@
-"""A layer on the host gives what the model's own code gives for few tokens, in every cache; many go the model's way."""
+"""A layer on the host equals the model's own code, in every cache; with many tokens the model's own code runs."""
 
 import functools
 
@@ -16,7 +16,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.cpu import decode
 from mlx_mimo.cpu.adapt import use_cpu_kernels
-from mlx_mimo.cpu.decode import FEW, HostDecoderLayer, angles, rotated
+from mlx_mimo.cpu.decode import MAX_HOST_ROWS, HostDecoderLayer, angles, rotated
 from mlx_mimo.errors import MimoError
 from mlx_mimo.models.mimo_v2_flash import DecoderLayer, Model
 
@@ -34,8 +34,8 @@ def model() -> Model:
     return use_cpu_kernels(model)
 
 
-def own_way(model, ids, cache):
-    """Logits by the model's own layers."""
+def by_the_models_layers(model, ids, cache):
+    """The logits computed by the model's own layers."""
     classes = [type(layer) for layer in model.layers]
     try:
         for layer in model.layers:
@@ -52,7 +52,7 @@ def difference(a, b):
     return np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
 
 
-def test_every_layer_is_adopted(model):
+def test_every_layer_of_the_model_is_computed_on_the_host(model):
     assert all(type(layer) is HostDecoderLayer for layer in model.layers)
     assert {layer.is_sliding for layer in model.layers} == {True, False}
 
@@ -64,26 +64,26 @@ def test_equals_the_models_own_layers(model, batch, before, length):
     ids = mx.random.randint(0, model.args.vocab_size, (batch, before + length), key=mx.random.key(before))
     ours, theirs = model.make_cache(), model.make_cache()
     if before:
-        own_way(model, ids[:, :before], ours), own_way(model, ids[:, :before], theirs)
-    got, want = model(ids[:, before:], ours), own_way(model, ids[:, before:], theirs)
+        by_the_models_layers(model, ids[:, :before], ours), by_the_models_layers(model, ids[:, :before], theirs)
+    got, want = model(ids[:, before:], ours), by_the_models_layers(model, ids[:, before:], theirs)
     assert difference(got, want) < 1e-5
-    # What it left in the caches is right as well.
+    # The caches hold the same keys and values too.
     step = ids[:, :1]
-    assert difference(model(step, ours), own_way(model, step, theirs)) < 1e-5
+    assert difference(model(step, ours), by_the_models_layers(model, step, theirs)) < 1e-5
 
 
 def test_equals_the_models_own_layers_without_a_cache(model):
     ids = mx.array([[5, 6, 7, 8]])
-    assert difference(model(ids), own_way(model, ids, None)) < 1e-5
+    assert difference(model(ids), by_the_models_layers(model, ids, None)) < 1e-5
 
 
-def test_many_tokens_go_the_models_own_way(model, monkeypatch):
+def test_more_than_max_host_rows_are_computed_by_the_models_layers(model, monkeypatch):
     calls = []
     monkeypatch.setattr(HostDecoderLayer, "_forward", lambda self, x, *_: calls.append(len(x)) or x)
-    ids = mx.zeros((1, FEW + 1), dtype=mx.int32)
+    ids = mx.zeros((1, MAX_HOST_ROWS + 1), dtype=mx.int32)
     mx.eval(model(ids, model.make_cache()))
     assert not calls
-    mx.eval(model(ids[:, :FEW], model.make_cache()))
+    mx.eval(model(ids[:, :MAX_HOST_ROWS], model.make_cache()))
     assert len(calls) == len(model.layers)
 
 
@@ -93,9 +93,9 @@ def test_a_gradient_is_refused(model):
         mx.grad(lambda x: layer(x).sum())(mx.zeros((1, 1, model.args.hidden_size)))
 
 
-@pytest.mark.parametrize("length", [1, FEW + 1])
+@pytest.mark.parametrize("length", [1, MAX_HOST_ROWS + 1])
 def test_a_gradient_for_any_parameter_is_refused(model, length):
-    """value_and_grad puts each parameter's tracer into the model: one that the host ignored would get zeros."""
+    """mx.grad replaces a parameter by a tracer; if the host ignored it, its gradient would be 0."""
     ids = mx.zeros((1, length), dtype=mx.int32)
     layer = next(layer for layer in model.layers if layer.self_attn.attention_sink_bias is not None)
     for name, value in tree_flatten(layer.parameters()):
@@ -119,14 +119,14 @@ def test_a_quantised_cache_is_refused(model):
         model.layers[0](mx.zeros((1, 1, model.args.hidden_size)), None, cache)
 
 
-def test_a_layer_with_another_module_stays(model):
+def test_a_layer_with_a_module_without_kernel_keeps_its_class(model):
     layer = DecoderLayer(model.args, 1)
     decode.adopt(layer)
     assert type(layer) is DecoderLayer
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 1), (129, 1), (5000, 4)])
-def test_rotation_is_mlx_s(offset, length):
+def test_rotation_equals_mlx(offset, length):
     rope = nn.RoPE(64, traditional=False, base=5e6)
     x = np.random.default_rng(0).normal(size=(2, 3, length, 192)).astype(np.float32)
     got = rotated(x, *angles(rope, offset, length))

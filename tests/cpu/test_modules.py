@@ -1,5 +1,6 @@
-"""The stand-ins equal MLX's modules in float32, refuse transformations, and take over a loaded model."""
+"""Modules with kernels equal MLX's in float32, refuse transformations, and replace MLX's in a loaded model."""
 
+import importlib.util
 import os
 import stat
 import subprocess
@@ -12,13 +13,14 @@ import pytest
 
 pytest.importorskip("numba")
 
+import numba
 from checkpoints import tiny_config
 from converted import converted_directory
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_mimo import cpu, load
+from mlx_mimo import load
 from mlx_mimo.checkpoint.record import TENSOR_ORDER, RecordLayout
-from mlx_mimo.cpu import kernels
+from mlx_mimo.cpu import kernel_cache, kernels
 from mlx_mimo.cpu.experts import KernelCompute
 from mlx_mimo.cpu.modules import KernelEmbedding, KernelLinear, KernelRouter, KernelSwitchGLU, has_kernel
 from mlx_mimo.errors import MimoError
@@ -86,7 +88,7 @@ def test_stacked_experts_equal_mlx(tokens):
     assert close(ours(x, indices), switch(x, indices))
 
 
-def test_router_equals_the_models():
+def test_router_chooses_as_the_models_router():
     from mlx_mimo.config.model_args import ModelArgs
     from mlx_mimo.models.mimo_v2_flash import Router
 
@@ -112,14 +114,14 @@ def banks_and_layout(bits=4, group=32, slots=6, hidden=64, inner=32):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 50])
-def test_the_pools_strategy_equals_mlx(tokens):
+def test_kernels_compute_a_pools_experts_as_mlx_does(tokens):
     banks, layout = banks_and_layout()
     x, slots = mx.random.normal((tokens, 64)), np.random.default_rng(0).integers(0, 6, (tokens, 2)).astype(np.int32)
     wide = {name: b.astype(mx.float32) if b.dtype == mx.bfloat16 else b for name, b in banks.items()}
     compute = KernelCompute(layout, 64)
     want = MLXCompute(layout, 64)(x, slots, wide)
     assert close(compute(x, slots, banks), want)
-    # A pool that changes its size makes new banks, in the same dict.
+    # A pool that changes its size puts new banks into the same dict.
     for name in banks:
         banks[name] = mx.concatenate([banks[name], banks[name]])
     assert close(compute(x, slots + 6, banks), want)
@@ -134,7 +136,7 @@ def test_one_tokens_experts_have_the_same_bits_alone_and_together():
     assert mx.array_equal(together[0, 1:], rows[:, 0])
 
 
-# ---- what they must not do
+# ---- refusals
 
 
 def _sum(module):
@@ -165,7 +167,7 @@ def test_experts_refuse_gradients():
         mx.grad(lambda x: compute(x, slots, banks).sum())(mx.ones((1, 64)))
 
 
-def test_formats_without_kernels_stay_mlxs():
+def test_formats_without_kernels_keep_mlxs_modules():
     assert not has_kernel(nn.Linear(128, 50, bias=False).to_quantized(group_size=32, bits=8, mode="mxfp8"))
     assert has_kernel(quantised_linear(bits=3, group_size=128))
 
@@ -177,7 +179,7 @@ def logits(model) -> mx.array:
     return model(mx.array([list(range(65, 105))]))
 
 
-def test_load_chooses_them_and_the_logits_stay():
+def test_load_uses_kernels_and_the_logits_equal_mlxs():
     ours, _ = load(converted_directory(), expert_memory="all")
     assert isinstance(ours.lm_head, KernelLinear)
     assert isinstance(ours.layers[1].mlp.gate, KernelRouter)
@@ -191,16 +193,16 @@ def test_load_chooses_them_and_the_logits_stay():
 
 
 @pytest.mark.parametrize("missing", ["numba", "threadpoolctl"])
-def test_without_numba_mlx_runs_with_a_note(monkeypatch, missing):
-    find = cpu.importlib.util.find_spec
-    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name))
+def test_without_numba_load_warns_and_uses_mlx(monkeypatch, missing):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name))
     with pytest.warns(UserWarning, match="no numba"):
         model, _ = load(converted_directory(), expert_memory="all")
     assert isinstance(model.lm_head, nn.QuantizedLinear)
     assert logits(model).dtype == mx.float32
 
 
-def test_the_number_of_threads_changes_nothing():
+def test_the_number_of_threads_changes_no_bit():
     module, x = KernelLinear(quantised_linear(bits=4, group_size=64)), mx.random.normal((1, 128))
     want = module(x)
     before = kernels.threads()
@@ -227,12 +229,12 @@ def test_compilation_is_announced_once_and_cached(tmp_path):
     assert [run.stderr.count("compiling kernels, once") for run in runs] == [1, 0]
 
 
-def test_a_cache_that_cannot_be_written_moves_to_the_users(tmp_path, monkeypatch):
+def test_compiled_code_goes_to_the_users_cache_where_the_package_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setattr(kernels, "_writable", lambda folder: "mlx-mimo" in str(folder))
-    monkeypatch.setattr(kernels.numba.config, "CACHE_DIR", "")
-    kernels._choose_cache()
-    assert "mlx-mimo" in kernels.numba.config.CACHE_DIR
-    monkeypatch.setattr(kernels, "_writable", lambda folder: False)
-    kernels._choose_cache()
-    assert stat.S_IMODE(os.stat(kernels.numba.config.CACHE_DIR).st_mode) == 0o700
+    monkeypatch.setattr(kernel_cache, "writable", lambda folder: "mlx-mimo" in str(folder))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    kernel_cache.choose()
+    assert "mlx-mimo" in numba.config.CACHE_DIR
+    monkeypatch.setattr(kernel_cache, "writable", lambda folder: False)
+    kernel_cache.choose()
+    assert stat.S_IMODE(os.stat(numba.config.CACHE_DIR).st_mode) == 0o700

@@ -1,4 +1,4 @@
-"""Products with packed weights equal float64 on dequantised weights, for every format and any shape."""
+"""Products with packed weights equal float64 products with dequantised weights, for every format and any shape."""
 
 import mlx.core as mx
 import numpy as np
@@ -8,15 +8,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
-from mlx_mimo.cpu import digits, packed
-from mlx_mimo.cpu.packed import Expert, Packed, experts, matmul
+from mlx_mimo.cpu import int8_products, packed, products
+from mlx_mimo.cpu.packed import Packed
+from mlx_mimo.cpu.products import ExpertMatrices, matmul, run_experts
 
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 TOLERANCE = 1e-5
 
 
 def packed_and_exact(shape, bits, group, mode="affine", scale=mx.bfloat16, seed=0):
-    """A random quantised matrix (…, rows, columns) and what its codes stand for in float64."""
+    """A random quantised matrix (…, rows, columns) and its values in float64."""
     weight = mx.random.normal(shape, key=mx.random.key(seed))
     if mode == "mxfp4":
         codes, scales = mx.quantize(weight, group_size=32, bits=4, mode="mxfp4")
@@ -44,39 +45,58 @@ def relative_error(got, want):
     return np.abs(got - want).max() / np.abs(want).max()
 
 
-@pytest.fixture(params=["whole numbers", "float32"])
+def check(packing, rows, columns, tokens):
+    """A product of that many rows of activations equals float64; returns the matrix."""
+    bits, group = (4, 32) if packing == "mxfp4" else packing
+    matrix, exact = packed_and_exact((rows, columns), bits, group, "mxfp4" if packing == "mxfp4" else "affine")
+    x = activations(tokens, columns)
+    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+    return matrix
+
+
+@pytest.fixture
+def float32_only(monkeypatch):
+    monkeypatch.setattr(int8_products, "available", lambda: False)
+
+
+@pytest.fixture(params=["int8", "float32"])
 def way(request, monkeypatch):
-    """Both ways to multiply, where the processor has both."""
+    """Both ways to multiply; int8 products are skipped on a processor without them."""
     if request.param == "float32":
-        monkeypatch.setattr(digits, "available", lambda: False)
-    elif not digits.available():
+        monkeypatch.setattr(int8_products, "available", lambda: False)
+    elif not int8_products.available():
         pytest.skip("this processor has no VNNI and VBMI")
     return request.param
 
 
-@pytest.mark.parametrize(("bits", "group"), [*AFFINE, (4, "mxfp4")])
-@pytest.mark.parametrize("tokens", [1, 3, 7])
-@pytest.mark.parametrize("columns", [256, 1280, 2304])  # 2304: the last block of groups is not full
-def test_both_ways_equal_float64(way, bits, group, tokens, columns):
-    if group == "mxfp4":
-        matrix, exact = packed_and_exact((23, columns), 4, 32, "mxfp4")
-    else:
-        matrix, exact = packed_and_exact((23, columns), bits, group)
-    assert matrix.whole == (way == "whole numbers")
-    x = activations(tokens, columns)
-    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+QUANTISED = [*AFFINE, "mxfp4"]
+
+
+@pytest.mark.parametrize("packing", QUANTISED)
+def test_int8_products_equal_float64(packing):
+    """7 rows of x go as 4, 2 and 1; 23 rows of weights are odd; 2304 columns end with a part of a block of groups."""
+    if not int8_products.available():
+        pytest.skip("this processor has no VNNI and VBMI")
+    check(packing, rows=23, columns=2304, tokens=7)
+
+
+@pytest.mark.parametrize(("packing", "columns", "tokens"), [((8, 32), 256, 1), ((4, 64), 1280, 3), ((3, 128), 1280, 2)])
+def test_both_ways_equal_float64_at_other_sizes(way, packing, columns, tokens):
+    matrix = check(packing, rows=23, columns=columns, tokens=tokens)
+    assert matrix.int8 == (way == "int8")
 
 
 @pytest.mark.parametrize("scale", [mx.float16, mx.float32])
 def test_both_ways_take_other_scale_types(way, scale):
     matrix, exact = packed_and_exact((9, 1280), 4, 64, scale=scale)
-    x = activations(2, 1280)
-    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+    for tokens in (2, 70):
+        x = activations(tokens, 1280)
+        assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
 
 
 @pytest.mark.parametrize("factor", [1e-26, 1.0, 1e30])
-def test_groups_of_any_magnitude(way, factor):
-    """Each group of activations has its own step: a large one takes no digits from a small one, zeros are zeros."""
+def test_activations_of_any_magnitude_keep_their_precision(way, factor):
+    """Each group of activations has a step of its own, so a large group costs a small one no precision; 0 gives 0."""
     matrix, exact = packed_and_exact((16, 512), 4, 64)
     x = activations(1, 512)
     x[0, :64] *= 1e4
@@ -91,37 +111,29 @@ def test_groups_of_any_magnitude(way, factor):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_a_number_does_not_become_one(way, value):
+def test_nan_and_infinity_stay_visible_in_the_product(way, value):
     matrix, _ = packed_and_exact((16, 256), 4, 64)
     x = activations(1, 256)
     x[0, 100] = value
     assert not np.isfinite(matmul(x, matrix)).any()
 
 
-@pytest.mark.parametrize(("bits", "group"), AFFINE)
-@pytest.mark.parametrize("tokens", [1, 3, 7, 20])
-def test_affine_equals_float64(bits, group, tokens):
-    matrix, exact = packed_and_exact((37, 3 * group), bits, group)
-    x = activations(tokens, 3 * group)
-    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+@pytest.mark.parametrize("packing", QUANTISED)
+def test_every_format_equals_float64(float32_only, packing):
+    """One row of x goes through the kernel; nine rows go through BLAS, with dequantised weights."""
+    group = 32 if packing == "mxfp4" else packing[1]
+    for tokens in (1, 9):
+        check(packing, rows=37, columns=3 * group, tokens=tokens)
 
 
-@pytest.mark.parametrize("scale", [mx.float16, mx.float32])
-@pytest.mark.parametrize("tokens", [1, 9])
-def test_other_scale_types(scale, tokens):
-    matrix, exact = packed_and_exact((33, 192), 4, 64, scale=scale)
-    x = activations(tokens, 192)
-    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
+@pytest.mark.parametrize("packing", [(2, 64), (4, 64), (5, 64), "mxfp4"])
+def test_several_rows_of_activations_equal_float64(float32_only, packing):
+    """Rows of x are taken 4, 2 and 1 at a time in every format; 8 are the most that the kernels take."""
+    for tokens in (3, 7, 8):
+        check(packing, rows=5, columns=192, tokens=tokens)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 12])
-def test_mxfp4_equals_float64(tokens):
-    matrix, exact = packed_and_exact((29, 160), 4, 32, "mxfp4")
-    x = activations(tokens, 160)
-    assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
-
-
-def test_mxfp4_knows_every_code_and_the_smallest_scale():
+def test_mxfp4_decodes_every_code_and_the_smallest_scale():
     codes = mx.array(np.array([0x76543210, 0xFEDCBA98] * 2, np.uint32))[None]
     for exponent in (0, 1, 127, 140):
         scales = mx.array([[exponent]], dtype=mx.uint8)
@@ -135,8 +147,7 @@ def test_mxfp4_knows_every_code_and_the_smallest_scale():
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
-@pytest.mark.parametrize("columns", [1, 31, 64, 100])
-@pytest.mark.parametrize("tokens", [1, 4, 11])
+@pytest.mark.parametrize(("columns", "tokens"), [(1, 1), (31, 4), (64, 11), (100, 7)])
 def test_unquantised_equals_float64(dtype, columns, tokens):
     matrix, exact = plain_and_exact((13, columns), dtype)
     x = activations(tokens, columns)
@@ -156,28 +167,28 @@ def any_matrix(packing, shape, seed):
     return packed_and_exact((*shape[:-1], shape[-1] * group), bits, group, seed=seed)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 70),
     groups=st.integers(1, 40),
     packing=st.sampled_from([*AFFINE, "mxfp4", *PLAIN]),
-    tokens=st.one_of(st.integers(1, 12), st.integers(60, 70)),  # on both sides of every threshold
-    whole=st.booleans(),
+    tokens=st.one_of(st.integers(1, 12), st.integers(60, 70)),  # on both sides of each max_kernel_rows
+    int8=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_equals_float64(rows, groups, packing, tokens, whole, seed):
+def test_any_shape_equals_float64(rows, groups, packing, tokens, int8, seed):
     with pytest.MonkeyPatch.context() as patch:
-        if not whole:
-            patch.setattr(digits, "available", lambda: False)
+        if not int8:
+            patch.setattr(int8_products, "available", lambda: False)
         matrix, exact = any_matrix(packing, (rows, groups), seed)
         x = activations(tokens, matrix.columns, seed)
         got, want = matmul(x, matrix), x @ exact.T
-    # One row may cancel to almost nothing, so the error is measured against what such a product usually comes to.
+    # A product may cancel to almost 0, so the error is relative to the size that such a product usually has.
     usual = np.sqrt((x.astype(np.float64) ** 2).sum(1)[:, None] * (exact**2).sum(1)[None] / matrix.columns)
     assert (np.abs(got - want) / np.maximum(usual, 1e-30)).max() < TOLERANCE
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     packings=st.tuples(*[st.sampled_from([*AFFINE, "mxfp4", *PLAIN])] * 2),
     hidden=st.integers(1, 3),
@@ -186,20 +197,20 @@ def test_any_shape_equals_float64(rows, groups, packing, tokens, whole, seed):
     seed=st.integers(0, 2**16),
 )
 def test_experts_of_any_formats_equal_float64(packings, hidden, inner, tokens, seed):
-    """Widths are multiples of every group, so that gate and up may have one format and down another."""
+    """Widths are multiples of every group size, so gate and up may have one format and down another."""
     shapes, made = ((inner, hidden), (inner, hidden), (hidden, inner)), []
     for turn, ((outputs, inputs), packing) in enumerate(zip(shapes, (packings[0], packings[0], packings[1]))):
         group = 1 if packing in PLAIN else 32 if packing == "mxfp4" else packing[1]
         made.append(any_matrix(packing, (4, 128 * outputs, 128 * inputs // group), seed + turn))
-    bank, exact = Expert(*(matrix for matrix, _ in made)), [values for _, values in made]
+    bank, exact = ExpertMatrices(*(matrix for matrix, _ in made)), [values for _, values in made]
     x = activations(tokens, 128 * hidden, seed) / 8
     slots = np.random.default_rng(seed).integers(0, 4, size=(tokens, 2)).astype(np.int32)
-    assert relative_error(experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
+    assert relative_error(run_experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_reads_stay_inside_the_matrix(way, bits):
-    """Units are read up to their last byte, and not beyond."""
+def test_kernels_read_no_byte_beyond_the_matrix(way, bits):
+    """The page behind the matrix cannot be read: a read beyond the last byte would end the process."""
     import ctypes
     import mmap
 
@@ -212,7 +223,7 @@ def test_reads_stay_inside_the_matrix(way, bits):
     matrix, exact = packed_and_exact((4, 256), bits, 32)
     host = matrix.views[0].host.reshape(-1)
     ctypes.memmove(address + page - host.nbytes, host.ctypes.data, host.nbytes)
-    matrix.addresses[0] = address + page - host.nbytes
+    matrix.addresses = matrix.addresses._replace(weight=address + page - host.nbytes)
     x = activations(1, 256)
     assert relative_error(matmul(x, matrix), x @ exact.T) < TOLERANCE
     libc.mprotect(ctypes.c_void_p(address + page), page, 3)
@@ -227,7 +238,7 @@ def bank_and_exact(hidden, inner, slots, bits=4, group=32, down_bits=None):
         packed_and_exact((slots, inner, hidden), bits, group, seed=2),
         packed_and_exact((slots, hidden, inner), down_bits or bits, group, seed=3),
     ]
-    return Expert(*(packed for packed, _ in made)), [exact for _, exact in made]
+    return ExpertMatrices(*(packed for packed, _ in made)), [exact for _, exact in made]
 
 
 def exact_experts(x, slots, exact):
@@ -246,13 +257,13 @@ def test_experts_equal_float64(tokens, down_bits):
     bank, exact = bank_and_exact(96, 64, 6, down_bits=down_bits)
     x = activations(tokens, 96)
     slots = np.random.default_rng(2).integers(0, 6, size=(tokens, 3)).astype(np.int32)
-    assert relative_error(experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
+    assert relative_error(run_experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
 
 
 def test_one_token_may_use_a_slot_twice():
     bank, exact = bank_and_exact(64, 32, 2)
     x, slots = activations(1, 64), np.array([[1, 1, 0, 1]], np.int32)
-    got = experts(x, slots, bank)
+    got = run_experts(x, slots, bank)
     assert relative_error(got, exact_experts(x, slots, exact)) < TOLERANCE
     np.testing.assert_array_equal(got[0, 0], got[0, 3])
 
@@ -261,30 +272,43 @@ def test_gate_and_up_may_differ_in_format():
     gate, exact_gate = packed_and_exact((2, 32, 64), 3, 64, seed=1)
     up, exact_up = packed_and_exact((2, 32, 64), 6, 32, seed=2)
     down, exact_down = plain_and_exact((2, 64, 32), mx.bfloat16, seed=3)
-    bank, exact = Expert(gate, up, down), [exact_gate, exact_up, exact_down]
+    bank, exact = ExpertMatrices(gate, up, down), [exact_gate, exact_up, exact_down]
     for tokens in (1, 3, 30):
         x = activations(tokens, 64)
         slots = np.random.default_rng(2).integers(0, 2, size=(tokens, 2)).astype(np.int32)
-        assert relative_error(experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
+        assert relative_error(run_experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40])
-def test_experts_of_few_and_of_many_rows_in_one_call(way, tokens, monkeypatch):
-    """Expert 0 has many rows, the others few, in more batches than one."""
-    monkeypatch.setattr(packed, "FEW", 6)
-    monkeypatch.setattr(packed, "FEW_WHOLE", 6)
-    monkeypatch.setattr(packed, "PAIRS_AT_ONCE", 9)
+def test_experts_by_kernels_and_by_blas_in_one_call(way, tokens, monkeypatch):
+    """Expert 0 has more rows than the kernels take; the others have fewer, and go in several batches."""
+    monkeypatch.setattr(packed, "MAX_KERNEL_ROWS", 6)
+    monkeypatch.setattr(packed, "MAX_KERNEL_ROWS_INT8", 6)
+    monkeypatch.setattr(products, "PAIRS_AT_ONCE", 9)
     bank, exact = bank_and_exact(256, 256, 12, group=64)
     x = activations(tokens, 256)
     slots = np.random.default_rng(4).integers(1, 12, size=(tokens, 3)).astype(np.int32)
     slots[:, 0] = 0
-    assert relative_error(experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
+    assert relative_error(run_experts(x, slots, bank), exact_experts(x, slots, exact)) < TOLERANCE
 
 
 @pytest.mark.parametrize("tokens", [5, 64, 65])
 def test_a_stack_equals_its_matrices(way, tokens):
     made = [packed_and_exact((rows, 256), 8, 64, seed=rows) for rows in (48, 16, 32)]
-    stack = packed.Stack([matrix for matrix, _ in made])
+    stack = products.Stack([matrix for matrix, _ in made])
     x = activations(tokens, 256)
     for part, (_, exact) in zip(stack(x), made):
+        assert relative_error(part, x @ exact.T) < TOLERANCE
+
+
+def test_a_matrix_of_several_blocks_equals_float64(float32_only, monkeypatch):
+    """For BLAS, weights are dequantised a block of rows at a time; here two rows, and one in the last block."""
+    monkeypatch.setattr(products, "BLOCK_BYTES", 2 * 4 * 192)
+    check((4, 64), rows=7, columns=192, tokens=9)
+
+
+def test_a_stack_of_heights_without_a_common_one_equals_its_matrices(float32_only):
+    made = [packed_and_exact((rows, 64), 4, 32, seed=rows) for rows in (6, 4, 10)]
+    x = activations(3, 64)
+    for part, (_, exact) in zip(products.Stack([matrix for matrix, _ in made])(x), made):
         assert relative_error(part, x @ exact.T) < TOLERANCE

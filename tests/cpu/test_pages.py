@@ -1,4 +1,4 @@
-"""Large pages: same bytes at the same address, and only where they are wanted."""
+"""Large pages keep bytes and address, and are used only where the system allows them."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from mlx_mimo.cpu import pages
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    """Stands in for the kernel's settings."""
+    """A folder in the place of the kernel's settings."""
     monkeypatch.setattr(pages, "_SETTINGS", tmp_path)
     monkeypatch.setattr(sys, "platform", "linux")
     pages.page_bytes.cache_clear()
@@ -19,29 +19,29 @@ def settings(tmp_path, monkeypatch):
     pages.page_bytes.cache_clear()
 
 
-def test_nothing_where_large_pages_are_switched_off(settings):
+def test_no_large_pages_where_the_system_forbids_them(settings):
     (settings / "enabled").write_text("always madvise [never]")
     (settings / "hpage_pmd_size").write_text("2097152")
     assert pages.page_bytes() == 0
     assert pages.make_large(np.zeros(2**23, np.uint8)) is False
 
 
-def test_nothing_where_there_are_none(settings):
+def test_no_large_pages_where_the_system_has_none(settings):
     assert pages.page_bytes() == 0
 
 
-def test_size_is_the_kernel_s(settings):
+def test_the_page_size_is_the_kernels(settings):
     (settings / "enabled").write_text("always [madvise] never")
     (settings / "hpage_pmd_size").write_text("2097152")
     assert pages.page_bytes() == 2**21
 
 
-def test_small_arrays_are_left_alone():
+def test_small_arrays_keep_their_pages():
     assert pages.make_large(np.zeros(2**12, np.uint8)) is False
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux' own")
-def test_bytes_stay_where_they_are():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only on Linux")
+def test_moving_into_large_pages_keeps_bytes_and_address():
     pages.page_bytes.cache_clear()
     if not pages.page_bytes():
         pytest.skip("no large pages here")
@@ -52,8 +52,8 @@ def test_bytes_stay_where_they_are():
     assert np.array_equal(host, before)
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux' own")
-def test_memory_of_malloc_moves_into_large_pages():
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only on Linux")
+def test_an_mlx_array_moves_into_large_pages():
     import mlx.core as mx
 
     if not pages.page_bytes():
@@ -67,7 +67,7 @@ def test_memory_of_malloc_moves_into_large_pages():
 
 
 def _large_bytes_at(address: int) -> int:
-    """AnonHugePages of the mapping that holds `address`."""
+    """The AnonHugePages of the mapping that holds `address`."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]
