@@ -16,7 +16,7 @@ from mlx_mimo.__main__ import COMMANDS, module_of
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples"
-CARDS = [ROOT / "mlx_mimo" / "demo" / "README.md", EXAMPLES / "demo_model" / "README.md"]
+CARDS = [ROOT / "mlx_mimo" / "demo" / "README.md", EXAMPLES / "README.md", EXAMPLES / "demo_model" / "README.md"]
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *CARDS]
 DRAWN = [DOCS / f"{name}.svg" for name in ("record_to_slot", "decode_step", "prefill_waves", "layout")]
 SUBCOMMANDS = ("verify", "inspect", "repack", "repair")
@@ -125,7 +125,9 @@ def test_a_script_is_started_by_the_line_in_its_docstring(script):
     check_scripts("\n".join(lines))
 
 
-@pytest.mark.parametrize("line", ["examples/none.py", "python examples/cpu_step.py --model DIR --no-such-flag 3"])
+@pytest.mark.parametrize(
+    "line", ["examples/none.py", "python examples/measure/cpu_step.py --model DIR --no-such-flag 3"]
+)
 def test_a_script_or_flag_that_is_not_there_is_found(line):
     with pytest.raises(AssertionError):
         check_scripts(line)

@@ -45,7 +45,7 @@ def run_here(tmp_path, monkeypatch, capsys):
 
     def run(name: str, *arguments) -> str:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [f"examples/{name}.py", *map(str, arguments)])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
 
@@ -54,7 +54,7 @@ def run_here(tmp_path, monkeypatch, capsys):
 
 def module_of(name: str):
     """A script as a module, so that a test can make its figures small."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"example_{Path(name).name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
@@ -169,14 +169,14 @@ def test_what_needs_experts_apart_says_what_to_do(run_here, stacked, name):
 
 
 def test_held_out_questions_are_taken_each_once():
-    spread = module_of("demo_quality").spread
+    spread = module_of("measure/demo_quality").spread
     assert spread([*range(419)], 420) == spread([*range(419)], 419) == [*range(419)]
     assert spread([*range(10)], 5) == [0, 2, 4, 6, 8]
 
 
 def test_quality_is_that_of_the_answers_tokens():
     """Not of what every question begins with."""
-    quality = module_of("demo_quality")
+    quality = module_of("measure/demo_quality")
     items = [json.loads(line) for line in (quality.DEMO / "heldout.jsonl").read_text().splitlines()[::40]]
     tokenizer = load_tokenizer(find(None))
     answers = [tokenizer.decode(text.answer) for text in quality.texts(tokenizer, items)]
@@ -185,7 +185,7 @@ def test_quality_is_that_of_the_answers_tokens():
 
 @pytest.mark.slow
 def test_the_quality_table_has_a_row_a_recipe(run_here):
-    lines = run_here("demo_quality", "--recipes", "8bit,2bit", "--limit", 20).splitlines()
+    lines = run_here("measure/demo_quality", "--recipes", "8bit,2bit", "--limit", 20).splitlines()
     head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
     assert head == ["recipe", "bits per expert weight", "exact match", "mean KL", "99 % KL", "top-1 agreement"]
     assert [row[0] for row in rows] == ["8bit", "2bit"]
@@ -198,7 +198,17 @@ def test_the_quality_table_has_a_row_a_recipe(run_here):
 @pytest.mark.slow
 def test_the_table_of_policies_is_printed(run_here, tmp_path):
     lines = run_here(
-        "residency_policies", "--tokens", 100, "--only", "zipf", "--demo", 2, "--half-life", "32", "--save", "traces"
+        "measure/residency_policies",
+        "--tokens",
+        100,
+        "--only",
+        "zipf",
+        "--demo",
+        2,
+        "--half-life",
+        "32",
+        "--save",
+        "traces",
     ).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[:2] for row in rows] == [
@@ -213,7 +223,7 @@ def test_the_table_of_policies_is_printed(run_here, tmp_path):
 def test_a_cpu_step_is_split_into_its_parts(tmp_path):
     if not cpu_kernels():
         pytest.skip("no CPU kernels")
-    text = example("cpu_step", tmp_path, "--model", converted_directory(), "--steps", 3, "--context", 8)
+    text = example("measure/cpu_step", tmp_path, "--model", converted_directory(), "--steps", 3, "--context", 8)
     parts = re.findall(r"^(\w.*?) {2,}([\d.]+) ms", text, flags=re.M)
     assert {"experts", "q, k, v", "attention", "router", "head"} <= {name for name, _ in parts}
     assert all(float(spent) >= 0 for _, spent in parts)
@@ -223,7 +233,7 @@ def test_a_cpu_step_is_split_into_its_parts(tmp_path):
 def test_kernels_are_timed_against_memory(tmp_path):
     if not cpu_kernels():
         pytest.skip("no CPU kernels")
-    text = example("cpu_bench", tmp_path, "--bits", 2, "--mxfp4", "--slots", 16, "--repeats", 2)
+    text = example("measure/cpu_bench", tmp_path, "--bits", 2, "--mxfp4", "--slots", 16, "--repeats", 2)
     assert re.search(r"^2 bits, groups of 64 +expert layer, one token +[\d.]+", text, flags=re.M)
     assert re.search(r"^mxfp4 +expert layer, one token +[\d.]+", text, flags=re.M)
     assert len(re.findall(r"512 tokens +\d+ GFLOP/s", text)) == 2
@@ -232,7 +242,7 @@ def test_kernels_are_timed_against_memory(tmp_path):
 @pytest.mark.slow
 def test_residency_is_measured_part_by_part(tmp_path, monkeypatch, capsys):
     """With experts of a hundredth of the size; `memory` starts itself anew, in full size, and is left out."""
-    bench = module_of("residency_bench")
+    bench = module_of("measure/residency_bench")
     for name, value in {"HIDDEN": 256, "INNER": 128, "EXPERTS": 64}.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(sys, "argv", ["residency_bench.py", "make", str(tmp_path), "--layers", "1"])
@@ -247,7 +257,7 @@ def test_residency_is_measured_part_by_part(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_simulation_prints_a_line_for_each_mac(run_here, tmp_path):
-    text = run_here("simulate_macs", "--tokens", 400, "--plot", tmp_path / "simulated.svg")
+    text = run_here("measure/simulate_macs", "--tokens", 400, "--plot", tmp_path / "simulated.svg")
     for machine in MACS:
         assert re.search(rf"^\| {re.escape(machine.name)} \| {machine.disk / GB:g} \| .+ \|$", text, flags=re.M)
     assert "simulated" in (tmp_path / "simulated.svg").read_text()
@@ -255,7 +265,7 @@ def test_the_simulation_prints_a_line_for_each_mac(run_here, tmp_path):
 
 def test_the_simulations_routing_is_skewed_as_published():
     """LRU in each layer: 64–71 % hits with an eighth of 256 experts resident, 80–87 % with a quarter."""
-    simulation = runpy.run_path(str(EXAMPLES / "simulate_macs.py"))
+    simulation = runpy.run_path(str(EXAMPLES / "measure" / "simulate_macs.py"))
     runs = [simulation["routing"](500, layers=1, seed=seed) for seed in range(4)]
     rates = [mean(simulation["hit_rate"](needs, 1, slots, "lru", 200) for needs in runs) for slots in (32, 64)]
     assert 0.64 <= rates[0] <= 0.71
@@ -263,7 +273,7 @@ def test_the_simulations_routing_is_skewed_as_published():
 
 
 def test_simulated_speed_has_its_peak_where_the_system_starves():
-    simulation = runpy.run_path(str(EXAMPLES / "simulate_macs.py"))
+    simulation = runpy.run_path(str(EXAMPLES / "measure" / "simulate_macs.py"))
     args = ModelArgs.from_dict(released.CONFIG)
     budget = estimate(released.CONFIG, named("4bit"), args, 32768, 2048, 2, 2)
     machine = imagined("64 GB", 64 * 2**30, 6e9, 300e9)
@@ -277,7 +287,7 @@ def test_simulated_speed_has_its_peak_where_the_system_starves():
 
 def test_the_simulation_decays_counts_as_the_package_does():
     """Its hit rates are those of the default half-life, whatever that is."""
-    simulation = runpy.run_path(str(EXAMPLES / "simulate_macs.py"))
+    simulation = runpy.run_path(str(EXAMPLES / "measure" / "simulate_macs.py"))
     needs = simulation["routing"](120, layers=1)
     table = Residents((0,), 256, 32, make_policy("lfu", 256, 1, DEFAULT_HALF_LIFE_TOKENS))
     for need in needs:
@@ -289,7 +299,7 @@ def test_the_simulation_decays_counts_as_the_package_does():
 def test_forecasts_are_checked_against_runs(tmp_path):
     """One budget, one disk and the whole model resident, on a tiny model: what it prints is what its JSON says."""
     text = example(
-        "forecast_check", tmp_path, "--model", converted_directory(), "--expert-memory", "25%", "--disk-limit",
+        "measure/forecast_check", tmp_path, "--model", converted_directory(), "--expert-memory", "25%", "--disk-limit",
         "50MB/s", "--prompt-tokens", 4, "--generation-tokens", 3, "--repeats", 1, "--json", "check.json",
     )  # fmt: skip
     lines = json.loads((tmp_path / "check.json").read_text())["lines"]
@@ -305,7 +315,7 @@ def test_forecasts_are_checked_against_runs(tmp_path):
 
 def test_a_forecast_that_knows_the_hits_differs_only_in_what_is_read():
     """The full model on a 64 GB machine: bench's row says 90 % hits where 67.5 % are assumed."""
-    check = runpy.run_path(str(EXAMPLES / "forecast_check.py"))
+    check = runpy.run_path(str(EXAMPLES / "measure" / "forecast_check.py"))
     args = ModelArgs.from_dict(released.CONFIG)
     budget = estimate(released.CONFIG, named("4bit"), args, 32768, 2048, 2, 2)
     machine = imagined("64 GB", 64 * 2**30, 6e9, 300e9)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MEMORY_CHECK = Path(__file__).parents[2] / "examples" / "memory_check.py"
+MEMORY_CHECK = Path(__file__).parents[2] / "examples" / "measure" / "memory_check.py"
 
 
 def test_the_peak_is_slots_trunk_caches_and_transients_over_a_process_with_nothing_loaded():

@@ -1,6 +1,6 @@
 """Peak memory of a model many times larger than its expert memory, against what the budget says it takes.
 
-    python examples/memory_check.py [--size 2GB] [--narrow 4] [--expert-memory 60MB] [--prompt-tokens 512]
+    python examples/measure/memory_check.py [--size 2GB] [--narrow 4] [--expert-memory 60MB] [--prompt-tokens 512]
 
 Generates a checkpoint of random weights, answers a prompt in a process of its own and compares that process's peak with
 slots + trunk + KV caches + transients, as `mlx_mimo.planning.budget` counts them, + what a process takes that has

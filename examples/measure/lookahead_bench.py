@@ -1,6 +1,6 @@
 """Whether look-ahead gains: the same tokens decoded with and without it, from disks of several speeds.
 
-    python examples/lookahead_bench.py [--model DIR | --synthetic 1GB] [--disk-limits 20MB/s,100MB/s]
+    python examples/measure/lookahead_bench.py [--model DIR | --synthetic 1GB] [--disk-limits 20MB/s,100MB/s]
 
 The demo model by default, on its held-out questions; --synthetic generates random weights of the released model's shape
 instead. Reads are held back to each speed (the page cache answers them), runs with and without take turns.

@@ -1,4 +1,4 @@
-"""Kernel speed against the machine's read bandwidth: `python examples/cpu_bench.py [--bits 4] [--threads 2]`.
+"""Kernel speed against the machine's read bandwidth: `python examples/measure/cpu_bench.py [--bits 4] [--threads 2]`.
 
 An expert layer's products with weights far larger than the caches, a plain sum over memory in one piece, a plain copy
 of it (bytes read and written), and a plain sum over the weights of other experts, which lie in 24 places, alternate,

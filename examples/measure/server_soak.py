@@ -1,10 +1,9 @@
-"""Mixed traffic against a running server for a while; says whether it stood it.
+"""Sends mixed traffic to a running server, reports wrong answers: `python examples/measure/server_soak.py --pid N`.
 
-`python examples/server_soak.py --pid N`: OpenAI's and Anthropic's endpoints, streamed and whole, several choices, calls
-that must come, saves of the prompt cache, figures, clients that leave or send slowly, and bad requests, from several
-threads. Exits 1 where an answer was not one that its request may have, a request took longer than --deadline, the
-server was not healthy at the end, or (in runs of MEMORY_MINUTES and more) its memory went on growing after the first
-third.
+The traffic comes from several threads: OpenAI's and Anthropic's endpoints, streamed and not, several choices, forced
+tool calls, saves of the prompt cache, metrics, clients that disconnect or send slowly, and bad requests. The script
+exits with 1 if an answer was not the expected one, a request took longer than --deadline, the server was not healthy at
+the end, or (in runs of MEMORY_MINUTES and more) its memory kept growing after the first third.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What each recipe costs: `python examples/demo_quality.py [--recipes 8bit,4bit,2bit] [--limit N]`.
+"""What each recipe costs: `python examples/measure/demo_quality.py [--recipes 8bit,4bit,2bit] [--limit N]`.
 
 Converts the embedded demo checkpoint with every recipe and prints a Markdown table: bits per weight, exact match on the
 held-out questions, and the KL divergence from the unquantised (bf16) model on the tokens of their right answers.
@@ -20,7 +20,7 @@ from mlx_mimo.checkpoint.recipe import NAMES
 from mlx_mimo.compare.quality import Comparer, predictions
 from mlx_mimo.convert import convert_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "mlx_mimo" / "demo"
 sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
 

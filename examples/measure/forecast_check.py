@@ -1,6 +1,7 @@
 """How far `mlx_mimo plan` is off on this machine: its forecast of decode speed against runs of `mlx_mimo bench`.
 
-    python examples/forecast_check.py [--model DIR | --synthetic SIZE] [--disk-limit SPEED,…] [--expert-memory SHARE,…]
+    python examples/measure/forecast_check.py [--model DIR | --synthetic SIZE] [--disk-limit SPEED,…]
+        [--expert-memory SHARE,…]
 
 1. A model of random weights is written, unless one is named: 252 experts a layer at half the release's widths, its
    router's bias such that some experts are as popular as in real models.

@@ -1,6 +1,6 @@
 """SIMULATED, not measured: MiMo-V2-Flash on common Macs, tokens per second, and where more expert memory does harm.
 
-    python examples/simulate_macs.py [--plot docs/simulated.svg]
+    python examples/measure/simulate_macs.py [--plot docs/simulated.svg]
 
 1. Routing of 47 layers × 256 experts, 8 a token, is made up: each layer has favourites (Zipf's law), which move with
    the subject every 400 tokens, and an expert of the token before stays with some probability. The three constants are

@@ -1,6 +1,6 @@
 """How long `mlx_mimo doctor` and `mlx_mimo plan` take at the released model's size: 109,000 tensors in 51 files.
 
-    python examples/doctor_time.py [--repeats 5]
+    python examples/measure/doctor_time.py [--repeats 5]
 
 It writes the headers of the released model at 4 bits into the temporary folder, with holes for the weights: 177 GB by
 their sizes that take 20 MB of disk, where the file system knows holes (most do). Then it starts each command a few

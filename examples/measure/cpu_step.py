@@ -1,4 +1,4 @@
-"""Where the time of a CPU decode step goes: `python examples/cpu_step.py [--model DIR | --synthetic 1.2GB]`.
+"""Where the time of a CPU decode step goes: `python examples/measure/cpu_step.py [--model DIR | --synthetic 1.2GB]`.
 
 The clock stands round the parts of the layers that run on the host; what is not in one of them is the rest. No other
 program should run meanwhile.
