@@ -23,7 +23,7 @@ from mlx_mimo.convert import manifest
 
 
 def write_release(directory: Path, recipe: str = "4bit") -> None:
-    """The converted release without its weights: every header true, every tensor a hole."""
+    """Writes the converted release as sparse files: real headers, tensors of holes."""
     config = released.CONFIG
     wanted = shapes.trunk_shapes(config)
     for layer in shapes.moe_layers(config):
@@ -39,7 +39,7 @@ def write_release(directory: Path, recipe: str = "4bit") -> None:
 
 
 def times(command: list[str], repeats: int) -> tuple[float, float]:
-    """(seconds, processor seconds) of the shortest of some runs."""
+    """Returns (seconds, processor seconds) of the fastest run."""
     found = []
     for _ in range(repeats):
         before, began = os.times(), time.perf_counter()

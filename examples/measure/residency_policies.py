@@ -1,4 +1,4 @@
-"""LFU against LRU and Belady on made-up routing: where the default half-life comes from.
+"""Compares LFU, LRU and Belady on synthetic and recorded routing; the default half-life comes from here.
 
     python examples/measure/residency_policies.py [--half-life 64,128,256] [--demo 60] [--trace FILE ...]
 
