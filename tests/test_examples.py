@@ -182,7 +182,7 @@ def test_quality_is_measured_on_the_answers_tokens_alone():
     assert answers == [item["answer"] + "<|im_end|>" for item in items if item["tools"] is None]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quality_table_has_a_row_a_recipe(run_here):
     lines = run_here("measure/demo_quality", "--recipes", "8bit,2bit", "--limit", 20).splitlines()
     head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
@@ -194,7 +194,7 @@ def test_the_quality_table_has_a_row_a_recipe(run_here):
     assert float(rows[0][5].rstrip("%")) > 98
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table_of_policies_is_printed(run_here, tmp_path):
     lines = run_here(
         "measure/residency_policies",
@@ -218,7 +218,7 @@ def test_the_table_of_policies_is_printed(run_here, tmp_path):
     assert read_trace(tmp_path / "traces" / "zipf.trace").routed == 100 * 12 * 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cpu_step_is_split_into_its_parts(tmp_path):
     if not cpu_kernels():
         pytest.skip("no CPU kernels")
@@ -228,7 +228,7 @@ def test_a_cpu_step_is_split_into_its_parts(tmp_path):
     assert all(float(spent) >= 0 for _, spent in parts)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernels_are_timed_against_memory(tmp_path):
     if not cpu_kernels():
         pytest.skip("no CPU kernels")
@@ -238,7 +238,7 @@ def test_kernels_are_timed_against_memory(tmp_path):
     assert len(re.findall(r"512 tokens +\d+ GFLOP/s", text)) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_residency_is_measured_part_by_part(tmp_path, monkeypatch, capsys):
     """With small experts. The part `memory` is left out: it starts a process with experts of full size."""
     bench = module_of("measure/residency_bench")
@@ -254,7 +254,7 @@ def test_residency_is_measured_part_by_part(tmp_path, monkeypatch, capsys):
         assert re.search(rf"^{part}\b.*\d", text, flags=re.M), part
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_simulation_prints_a_line_for_each_mac(run_here, tmp_path):
     text = run_here("measure/simulate_macs", "--tokens", 400, "--plot", tmp_path / "simulated.svg")
     for machine in MACS:
@@ -295,6 +295,7 @@ def test_the_simulation_decays_counts_as_the_package_does():
     assert simulation["hit_rate"](needs, 1, 32, "lfu", 0) == table.hits / (table.hits + table.misses)
 
 
+@pytest.mark.long
 def test_forecasts_are_checked_against_runs(tmp_path):
     """On a tiny model, with one budget, one disk and everything resident, the table equals the JSON."""
     text = example(
