@@ -1,4 +1,4 @@
-"""The command line as a whole: every command is there, documented, and fails as promised."""
+"""Every command is listed and documented, and exits with 2 for a wrong command line."""
 
 import re
 import runpy
@@ -14,12 +14,12 @@ DOCS = Path(__file__).parents[1] / "docs"
 MAKE = runpy.run_path(str(DOCS / "make_cli.py"))
 
 
-def test_the_page_is_current():
+def test_cli_md_is_what_make_cli_generates():
     assert (DOCS / "CLI.md").read_text(encoding="utf-8") == MAKE["page"](), "run: python docs/make_cli.py"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_says_what_it_does(name):
+def test_every_option_has_a_help_text(name):
     module = module_of(name)
     parser = module.build_parser()
     assert parser.prog == f"mlx_mimo {name}"

@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, commands can be typed, diagrams can be read, the layout is as drawn."""
+"""The docs' links lead somewhere, their commands exist, their diagrams can be read; imports are as declared."""
 
 import argparse
 import ast
@@ -16,8 +16,8 @@ from mlx_mimo.__main__ import COMMANDS, module_of
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples"
-CARDS = [ROOT / "mlx_mimo" / "demo" / "README.md", EXAMPLES / "demo_model" / "README.md"]
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *CARDS]
+CARDS = [ROOT / "mlx_mimo" / "demo" / "README.md", EXAMPLES / "README.md", EXAMPLES / "demo_model" / "README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), *CARDS]
 DRAWN = [DOCS / f"{name}.svg" for name in ("record_to_slot", "decode_step", "prefill_waves", "layout")]
 SUBCOMMANDS = ("verify", "inspect", "repack", "repair")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -25,7 +25,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """The headings of a page as GitHub names them."""
+    """Returns the anchors of a page's headings as GitHub makes them."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
     found = set()
     for heading in re.findall(r"^#+ +(.*?) *$", text, flags=re.M):
@@ -50,7 +50,7 @@ def test_every_link_leads_somewhere(page):
 
 
 def typed_in(page: Path) -> list[str]:
-    """What a page shows to be typed: lines of its blocks, and what is between backticks."""
+    """Returns the lines of a page's code blocks, and its inline code."""
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:bash)?\n(.*?)```", text, flags=re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -63,7 +63,7 @@ def words_of(line: str) -> list[str]:
 
 
 def commands_in(page: Path) -> list[tuple[str, list[str]]]:
-    """(command, its words) for what is written as `mlx_mimo NAME …` or `python -m mlx_mimo.NAME …`."""
+    """Returns (command, its words) for each `mlx_mimo NAME …` or `python -m mlx_mimo.NAME …`."""
     found = []
     for line in typed_in(page):
         match = re.search(rf"(?:^|\s)mlx_mimo[ .]({'|'.join(COMMANDS)})(?=\s|$)(.*)", line)
@@ -93,7 +93,7 @@ def test_every_command_in_the_docs_has_the_flags_it_is_given(page):
 
 
 def scripts_in(text: str) -> list[tuple[str, list[str]]]:
-    """(path, its words) for what is written as `python FOLDER/NAME.py …`; a bare `FOLDER/NAME.py` has no words."""
+    """Returns (path, its words) for each `python FOLDER/NAME.py …`; a bare `FOLDER/NAME.py` has no words."""
     found = []
     for line in text.splitlines():
         match = re.search(r"(?:^|\s)((?:examples|tests|docs)/[\w/]+\.py)(?=\s|$)(.*)", line)
@@ -119,26 +119,28 @@ def test_every_script_in_the_docs_is_there_and_has_the_flags_it_is_given(page):
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.py")), ids=name_of)
-def test_a_script_is_started_by_the_line_in_its_docstring(script):
+def test_a_scripts_docstring_names_its_path_and_flags(script):
     text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     lines = re.findall(r"python ([^`\n]+)", text.replace("[", " ").replace("]", " ").replace("|", " "))
     check_scripts("\n".join(lines))
 
 
-@pytest.mark.parametrize("line", ["examples/none.py", "python examples/cpu_step.py --model DIR --no-such-flag 3"])
+@pytest.mark.parametrize(
+    "line", ["examples/none.py", "python examples/measure/cpu_step.py --model DIR --no-such-flag 3"]
+)
 def test_a_script_or_flag_that_is_not_there_is_found(line):
     with pytest.raises(AssertionError):
         check_scripts(line)
 
 
 def test_the_docs_name_scripts_with_flags():
-    """Else the tests above would look at nothing."""
+    """Otherwise the tests above would check nothing."""
     found = [(name, words) for page in PAGES for line in typed_in(page) for name, words in scripts_in(line)]
     assert len({name for name, _ in found}) > 10
     assert sum(any(word.startswith("--") for word in words) for _, words in found) > 5
 
 
-def test_the_questions_name_their_commands():
+def test_the_faq_names_every_command():
     named = {command for command, _ in commands_in(DOCS / "FAQ.md")}
     assert named >= {"plan", "doctor", "bench", "compare", "convert", "generate", "chat", "server", "replay", "bridge"}
 

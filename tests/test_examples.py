@@ -1,4 +1,4 @@
-"""Every script in examples/ runs as its first line says, and says what is true."""
+"""Every script in examples/ and examples/measure/ runs as its docstring says and prints right answers."""
 
 import importlib.util
 import json
@@ -41,11 +41,11 @@ def example(name: str, cwd: Path, *arguments) -> str:
 
 @pytest.fixture
 def run_here(tmp_path, monkeypatch, capsys):
-    """Runs a script in this process, in an empty folder, as `python NAME.py …` would; returns what it printed."""
+    """Returns a function that runs a script in this process, in an empty folder, and returns what it printed."""
 
     def run(name: str, *arguments) -> str:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [f"examples/{name}.py", *map(str, arguments)])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
 
@@ -53,22 +53,22 @@ def run_here(tmp_path, monkeypatch, capsys):
 
 
 def module_of(name: str):
-    """A script as a module, so that a test can make its figures small."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    """Imports a script as a module, so that a test can make its sizes small."""
+    spec = importlib.util.spec_from_file_location(f"example_{Path(name).name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 
 
-# On the demo, without arguments, as its reader would try it first
+# Scripts to copy, on the demo and without arguments
 
 
 def test_generate_answers_its_question(run_here):
     assert run_here("generate") == "85\n"
 
 
-def test_a_tool_is_called_and_its_result_answered(run_here):
+def test_a_tool_is_called_and_the_answer_uses_its_result(run_here):
     assert run_here("chat_with_tools").splitlines() == [
         "the model calls calculate({'expression': '4218 - 4176'})",
         "answer: 42",
@@ -76,7 +76,7 @@ def test_a_tool_is_called_and_its_result_answered(run_here):
 
 
 @pytest.mark.parametrize("expression", ["1 / 2", "one + two", "import os", "2 ** 9", "1 + 2 + 3"])
-def test_the_tool_evaluates_nothing_but_one_operation(expression):
+def test_the_tool_evaluates_one_operation_only(expression):
     source = (EXAMPLES / "chat_with_tools.py").read_text(encoding="utf-8")
     names = {}
     exec(source[source.index("def calculate") : source.index("def tool(")], {"operator": operator}, names)
@@ -85,7 +85,7 @@ def test_the_tool_evaluates_nothing_but_one_operation(expression):
         names["calculate"](expression)
 
 
-def test_a_batch_is_answered_question_by_question(run_here):
+def test_a_batch_answers_each_question(run_here):
     lines = run_here("batch").splitlines()
     answers = dict(zip(lines[::2], map(str.strip, lines[1::2])))
     assert answers == {
@@ -95,7 +95,7 @@ def test_a_batch_is_answered_question_by_question(run_here):
     }
 
 
-def test_a_sweep_hits_more_with_more_memory(run_here, tmp_path):
+def test_a_sweep_shows_more_hits_with_more_memory(run_here, tmp_path):
     rows = re.findall(r"(\d+)% resident: +([\d.]+)% hits, +([\d.]+) tokens/s", run_here("budget_sweep"))
     assert [row[0] for row in rows] == ["15", "25", "50", "75"]
     hits = [float(row[1]) for row in rows]
@@ -160,32 +160,31 @@ def test_generate_runs_on_stacked_experts(run_here, stacked):
 
 
 @pytest.mark.parametrize("name", ["budget_sweep", "warm_profile", "replay_trace"])
-def test_what_needs_experts_apart_says_what_to_do(run_here, stacked, name):
+def test_a_script_that_needs_separate_experts_names_the_repack_command(run_here, stacked, name):
     with pytest.raises(SystemExit, match="stacked.*; run mlx_mimo convert repack"):
         run_here(name, stacked)
 
 
-# What measures: that it runs and prints what it is for
+# Scripts that measure run and print their tables
 
 
 def test_held_out_questions_are_taken_each_once():
-    spread = module_of("demo_quality").spread
+    spread = module_of("measure/demo_quality").spread
     assert spread([*range(419)], 420) == spread([*range(419)], 419) == [*range(419)]
     assert spread([*range(10)], 5) == [0, 2, 4, 6, 8]
 
 
-def test_quality_is_that_of_the_answers_tokens():
-    """Not of what every question begins with."""
-    quality = module_of("demo_quality")
+def test_quality_is_measured_on_the_answers_tokens_alone():
+    quality = module_of("measure/demo_quality")
     items = [json.loads(line) for line in (quality.DEMO / "heldout.jsonl").read_text().splitlines()[::40]]
     tokenizer = load_tokenizer(find(None))
     answers = [tokenizer.decode(text.answer) for text in quality.texts(tokenizer, items)]
     assert answers == [item["answer"] + "<|im_end|>" for item in items if item["tools"] is None]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quality_table_has_a_row_a_recipe(run_here):
-    lines = run_here("demo_quality", "--recipes", "8bit,2bit", "--limit", 20).splitlines()
+    lines = run_here("measure/demo_quality", "--recipes", "8bit,2bit", "--limit", 20).splitlines()
     head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
     assert head == ["recipe", "bits per expert weight", "exact match", "mean KL", "99 % KL", "top-1 agreement"]
     assert [row[0] for row in rows] == ["8bit", "2bit"]
@@ -195,10 +194,20 @@ def test_the_quality_table_has_a_row_a_recipe(run_here):
     assert float(rows[0][5].rstrip("%")) > 98
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table_of_policies_is_printed(run_here, tmp_path):
     lines = run_here(
-        "residency_policies", "--tokens", 100, "--only", "zipf", "--demo", 2, "--half-life", "32", "--save", "traces"
+        "measure/residency_policies",
+        "--tokens",
+        100,
+        "--only",
+        "zipf",
+        "--demo",
+        2,
+        "--half-life",
+        "32",
+        "--save",
+        "traces",
     ).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[:2] for row in rows] == [
@@ -209,30 +218,30 @@ def test_the_table_of_policies_is_printed(run_here, tmp_path):
     assert read_trace(tmp_path / "traces" / "zipf.trace").routed == 100 * 12 * 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cpu_step_is_split_into_its_parts(tmp_path):
     if not cpu_kernels():
         pytest.skip("no CPU kernels")
-    text = example("cpu_step", tmp_path, "--model", converted_directory(), "--steps", 3, "--context", 8)
+    text = example("measure/cpu_step", tmp_path, "--model", converted_directory(), "--steps", 3, "--context", 8)
     parts = re.findall(r"^(\w.*?) {2,}([\d.]+) ms", text, flags=re.M)
     assert {"experts", "q, k, v", "attention", "router", "head"} <= {name for name, _ in parts}
     assert all(float(spent) >= 0 for _, spent in parts)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernels_are_timed_against_memory(tmp_path):
     if not cpu_kernels():
         pytest.skip("no CPU kernels")
-    text = example("cpu_bench", tmp_path, "--bits", 2, "--mxfp4", "--slots", 16, "--repeats", 2)
+    text = example("measure/cpu_bench", tmp_path, "--bits", 2, "--mxfp4", "--slots", 16, "--repeats", 2)
     assert re.search(r"^2 bits, groups of 64 +expert layer, one token +[\d.]+", text, flags=re.M)
     assert re.search(r"^mxfp4 +expert layer, one token +[\d.]+", text, flags=re.M)
     assert len(re.findall(r"512 tokens +\d+ GFLOP/s", text)) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_residency_is_measured_part_by_part(tmp_path, monkeypatch, capsys):
-    """With experts of a hundredth of the size; `memory` starts itself anew, in full size, and is left out."""
-    bench = module_of("residency_bench")
+    """With small experts. The part `memory` is left out: it starts a process with experts of full size."""
+    bench = module_of("measure/residency_bench")
     for name, value in {"HIDDEN": 256, "INNER": 128, "EXPERTS": 64}.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(sys, "argv", ["residency_bench.py", "make", str(tmp_path), "--layers", "1"])
@@ -245,25 +254,25 @@ def test_residency_is_measured_part_by_part(tmp_path, monkeypatch, capsys):
         assert re.search(rf"^{part}\b.*\d", text, flags=re.M), part
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_simulation_prints_a_line_for_each_mac(run_here, tmp_path):
-    text = run_here("simulate_macs", "--tokens", 400, "--plot", tmp_path / "simulated.svg")
+    text = run_here("measure/simulate_macs", "--tokens", 400, "--plot", tmp_path / "simulated.svg")
     for machine in MACS:
         assert re.search(rf"^\| {re.escape(machine.name)} \| {machine.disk / GB:g} \| .+ \|$", text, flags=re.M)
     assert "simulated" in (tmp_path / "simulated.svg").read_text()
 
 
-def test_the_simulations_routing_is_skewed_as_published():
-    """LRU in each layer: 64–71 % hits with an eighth of 256 experts resident, 80–87 % with a quarter."""
-    simulation = runpy.run_path(str(EXAMPLES / "simulate_macs.py"))
+def test_the_simulated_routing_hits_as_often_as_published():
+    """LRU in each layer hits 64–71 % with an eighth of 256 experts resident, 80–87 % with a quarter."""
+    simulation = runpy.run_path(str(EXAMPLES / "measure" / "simulate_macs.py"))
     runs = [simulation["routing"](500, layers=1, seed=seed) for seed in range(4)]
     rates = [mean(simulation["hit_rate"](needs, 1, slots, "lru", 200) for needs in runs) for slots in (32, 64)]
     assert 0.64 <= rates[0] <= 0.71
     assert 0.80 <= rates[1] <= 0.87
 
 
-def test_simulated_speed_has_its_peak_where_the_system_starves():
-    simulation = runpy.run_path(str(EXAMPLES / "simulate_macs.py"))
+def test_simulated_speed_falls_once_the_system_lacks_memory():
+    simulation = runpy.run_path(str(EXAMPLES / "measure" / "simulate_macs.py"))
     args = ModelArgs.from_dict(released.CONFIG)
     budget = estimate(released.CONFIG, named("4bit"), args, 32768, 2048, 2, 2)
     machine = imagined("64 GB", 64 * 2**30, 6e9, 300e9)
@@ -276,8 +285,8 @@ def test_simulated_speed_has_its_peak_where_the_system_starves():
 
 
 def test_the_simulation_decays_counts_as_the_package_does():
-    """Its hit rates are those of the default half-life, whatever that is."""
-    simulation = runpy.run_path(str(EXAMPLES / "simulate_macs.py"))
+    """Its hit rates equal those of the package's table with the default half-life."""
+    simulation = runpy.run_path(str(EXAMPLES / "measure" / "simulate_macs.py"))
     needs = simulation["routing"](120, layers=1)
     table = Residents((0,), 256, 32, make_policy("lfu", 256, 1, DEFAULT_HALF_LIFE_TOKENS))
     for need in needs:
@@ -286,10 +295,11 @@ def test_the_simulation_decays_counts_as_the_package_does():
     assert simulation["hit_rate"](needs, 1, 32, "lfu", 0) == table.hits / (table.hits + table.misses)
 
 
+@pytest.mark.long
 def test_forecasts_are_checked_against_runs(tmp_path):
-    """One budget, one disk and the whole model resident, on a tiny model: what it prints is what its JSON says."""
+    """On a tiny model, with one budget, one disk and everything resident, the table equals the JSON."""
     text = example(
-        "forecast_check", tmp_path, "--model", converted_directory(), "--expert-memory", "25%", "--disk-limit",
+        "measure/forecast_check", tmp_path, "--model", converted_directory(), "--expert-memory", "25%", "--disk-limit",
         "50MB/s", "--prompt-tokens", 4, "--generation-tokens", 3, "--repeats", 1, "--json", "check.json",
     )  # fmt: skip
     lines = json.loads((tmp_path / "check.json").read_text())["lines"]
@@ -303,9 +313,9 @@ def test_forecasts_are_checked_against_runs(tmp_path):
     assert re.search(r"[0-2] of 2 runs lie in the range", text)
 
 
-def test_a_forecast_that_knows_the_hits_differs_only_in_what_is_read():
-    """The full model on a 64 GB machine: bench's row says 90 % hits where 67.5 % are assumed."""
-    check = runpy.run_path(str(EXAMPLES / "forecast_check.py"))
+def test_a_forecast_with_measured_hits_differs_only_in_the_bytes_read():
+    """The full model on a 64 GB machine: bench measured 90 % hits, the forecast assumes 67.5 %."""
+    check = runpy.run_path(str(EXAMPLES / "measure" / "forecast_check.py"))
     args = ModelArgs.from_dict(released.CONFIG)
     budget = estimate(released.CONFIG, named("4bit"), args, 32768, 2048, 2, 2)
     machine = imagined("64 GB", 64 * 2**30, 6e9, 300e9)

@@ -86,6 +86,7 @@ def test_no_kernel_was_compiled_on_the_cpu(trained):
     assert not [file for file in trained[2].rglob("*") if file.suffix in (".so", ".cpp")]
 
 
+@pytest.mark.long
 def test_the_demo_learns(data, tmp_path):
     flags = ("--iters", 4, "--learning-rate", "1e-3", "--steps-per-report", 1, "--val-batches", 1)
     found = losses(succeeded(train(data, tmp_path / "adapter", ATTENTION, *flags, source=demo_directory())))
@@ -164,6 +165,7 @@ def test_generate_takes_an_adapter_with_residency_on(trained):
     assert with_it["token_ids"] != plain["token_ids"]
 
 
+@pytest.mark.long
 def test_mlx_lms_generate_takes_an_adapter_through_the_bridge(trained):
     plain, with_it = (
         generated(mlx_lm("bridged", "generate", *PROMPT, *more)) for more in ((), ("--adapter-path", trained[0]))
@@ -171,6 +173,7 @@ def test_mlx_lms_generate_takes_an_adapter_through_the_bridge(trained):
     assert plain != with_it
 
 
+@pytest.mark.long
 def test_mlx_lms_chat_takes_an_adapter_through_the_bridge(trained):
     flags = ("--max-tokens", 4, "--temp", 0)
     plain, with_it = (
@@ -180,6 +183,7 @@ def test_mlx_lms_chat_takes_an_adapter_through_the_bridge(trained):
     assert plain != with_it
 
 
+@pytest.mark.long
 def test_mlx_lms_server_takes_an_adapter_through_the_bridge(trained, tmp_path):
     texts = []
     for name, flags in {"plain": (), "adapted": ("--adapter-path", str(trained[0]))}.items():
@@ -191,6 +195,7 @@ def test_mlx_lms_server_takes_an_adapter_through_the_bridge(trained, tmp_path):
     assert texts[0] != texts[1]
 
 
+@pytest.mark.long
 def test_chat_takes_an_adapter_with_residency_on(trained):
     flags = ("--model", converted_directory(), "-m", 4, "--temp", 0, "--expert-memory", "120KB")
     lines = "hello\n/stats\n"
@@ -232,6 +237,7 @@ def types(directory: Path) -> dict:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fused_adapter_streams_after_repack(kind, trained, tmp_path):
     fused = tmp_path / "fused"
@@ -246,7 +252,8 @@ def test_a_fused_adapter_streams_after_repack(kind, trained, tmp_path):
     ours.residency.close()
 
 
-@pytest.mark.parametrize("flags", [(), pytest.param(("--dequantize",), marks=pytest.mark.slow)])
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [(), pytest.param(("--dequantize",), marks=pytest.mark.long)])
 def test_fuse_through_the_bridge_saves_what_fuse_without_it_saves(flags, trained, tmp_path):
     for kind in KINDS:
         succeeded(mlx_lm(kind, "fuse", "--adapter-path", trained[0], "--save-path", tmp_path / kind, *flags))

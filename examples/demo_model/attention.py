@@ -36,7 +36,7 @@ class SinkAttention(torch.autograd.Function):
             top = score.amax(-1, keepdim=True)
             if sink is not None:
                 top = torch.maximum(top, sink)
-            # exp of a masked score is slow where it underflows; e^-80 counts for nothing either
+            # exp is slow where it underflows; a masked score becomes e^-80, which adds nothing either
             total = score.sub_(top).clamp_(min=-80).exp_().sum(-1, keepdim=True)
             if sink is not None:
                 own = (sink - top).exp_()
@@ -69,6 +69,6 @@ class SinkAttention(torch.autograd.Function):
 
 
 def forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
-    """In the place of transformers' eager_attention_forward; every row of the batch has the same mask."""
+    """Replaces transformers' eager_attention_forward; every row of the batch must have the same mask."""
     out = SinkAttention.apply(query, key, value, module.sinks, attention_mask[:1], scaling)
     return out.transpose(1, 2).contiguous(), None

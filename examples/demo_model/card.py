@@ -48,7 +48,7 @@ def _cell(cells: dict, name: str) -> str:
 
 
 def training_text(log: Path) -> str:
-    """One sentence on the training, from the last line of its log."""
+    """Returns one sentence about the training, from the last line of its log."""
     last = json.loads(log.read_text().splitlines()[-1])
     return (
         f"{last['step']:,} steps in {last['seconds'] / 60:.0f} minutes on {last['machine']}; loss of the answers' "
@@ -57,7 +57,7 @@ def training_text(log: Path) -> str:
 
 
 def write(path: Path, evaluation: dict, converted: dict, training: str) -> None:
-    """`evaluation` is what evaluate.py --reference --json prints, `converted` what it prints of the 4-bit directory."""
+    """Takes what evaluate.py --json prints: `evaluation` with --reference, `converted` for the 4-bit directory."""
     cells, after = evaluation["exact_match"], converted["exact_match"]
     domains = sorted((d for d in cells if " " not in d), key=lambda d: (d == "all", d))
     columns = [(cells, " off"), (cells, " on"), (cells, ""), (after, "")]

@@ -1,4 +1,4 @@
-"""Dialogues from turns: as messages for the chat template, and as pieces of text that say what is trained."""
+"""Turns as a dialogue: messages for the chat template, or pieces of text, each marked as trained or not."""
 
 from random import Random
 
@@ -57,7 +57,7 @@ def pieces(turns: list, think: bool, system: str | None, tools: list | None, kee
 
 
 def draw_dialogue(rng: Random) -> list[tuple[str, bool]]:
-    """One training dialogue of one to eight turns: the more turns, the more of the tokens are answers to learn from."""
+    """Returns a training dialogue of one to eight turns; with more turns, a larger share of the tokens is trained."""
     think = rng.random() < 0.5
     count = rng.choice([1, 1, 2, 3, 4, 5]) if think else rng.choice([1, 2, 4, 6, 8])
     turns = [tasks.draw(rng, think) for _ in range(count)]
@@ -72,7 +72,7 @@ def draw_dialogue(rng: Random) -> list[tuple[str, bool]]:
 
 
 def messages(turn: tasks.Turn, after_call: bool) -> list[dict]:
-    """The turn as the messages an evaluation sends; with `after_call` the tool has already answered."""
+    """Returns the messages that an evaluation sends; with `after_call` they include the tool's answer."""
     out = [{"role": "user", "content": turn.question}]
     if after_call:
         name, arguments, result = turn.calls[0]

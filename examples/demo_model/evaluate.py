@@ -22,7 +22,7 @@ MAX_TOKENS = 200
 
 
 def parse_call(text: str) -> dict | None:
-    """The one tool call in `text`, or None where there is none or more."""
+    """Returns the tool call in `text`, or None unless there is exactly one."""
     calls = re.findall(r"<tool_call>\n<function=([^>\n]+)>\n(.*?)</function>\n</tool_call>", text, re.S)
     if len(calls) != 1:
         return None
@@ -31,7 +31,7 @@ def parse_call(text: str) -> dict | None:
 
 
 def is_right(item: dict, text: str) -> bool:
-    """Whether generated `text` is exactly what the item expects, thoughts aside."""
+    """Returns whether generated `text`, without its thoughts, is exactly what the item expects."""
     if item["mode"] == "on":
         if not text.startswith("<think>") or "</think>" not in text:
             return False
@@ -60,7 +60,7 @@ def prompts(tokenizer, items: list[dict]) -> list[list[int]]:
 
 
 def read_checkpoint(folder: Path) -> dict:
-    """All tensors of an FP8 checkpoint as float32, the K/V of global layers read by their chain."""
+    """Returns all tensors of an FP8 checkpoint in float32; K and V of global layers use the scale chain."""
     import torch
     from safetensors import safe_open
 
@@ -118,7 +118,7 @@ def reference_network(folder: Path):
 
 
 def reference_generate(net, requests: list[list[int]], batch: int = 42) -> list[list[int]]:
-    """Greedy answers, batches of like lengths with the padding on the left."""
+    """Returns greedy answers; prompts of similar lengths share a batch, padded on the left."""
     import network
     import torch
 
@@ -146,7 +146,7 @@ def reference_generate(net, requests: list[list[int]], batch: int = 42) -> list[
 
 
 def mtp_accuracy(net, requests: list[list[int]], answers: list[list[int]]) -> list[float]:
-    """For each MTP layer the share of generated tokens that it foretells."""
+    """Returns for each MTP layer the share of generated tokens that it predicts."""
     import network
     import torch
 
@@ -157,7 +157,7 @@ def mtp_accuracy(net, requests: list[list[int]], answers: list[list[int]]) -> li
             hidden = net.hidden(ids)
             for k in range(network.MTP_LAYERS):
                 guess = net.main.lm_head(net.mtp_hidden(ids, hidden, k)).argmax(-1)[0]
-                # Only positions that a decoder has: the last prompt token and later, and a token to compare with.
+                # Positions that a decoder would see: from the last prompt token on, with a token to compare with.
                 for t in range(len(request) - 1, len(request) + len(answer) - 2 - k):
                     total[k] += 1
                     right[k] += int(guess[t] == ids[0, t + 2 + k])

@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-ROWS = 64  # an expert's rows are filled up to a multiple of this: few shapes, so the matmul kernels are reused
+ROWS = 64  # an expert's rows are padded to a multiple of this: few shapes, so matmul kernels are reused
 
 
 def _layout(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, list[int]]:
-    """(T, K) expert numbers → each pair's row in the filled-up layout, (T·K,), and the rows of every expert."""
+    """Returns each pair's row in the padded layout, (T·K,), and every expert's rows, from (T, K) expert numbers."""
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     real = flat.bincount(minlength=count)
@@ -19,7 +19,7 @@ def _layout(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, list[int]]
 
 
 class ExpertSum(torch.autograd.Function):
-    """sum over k of w_k · D(silu(G x) · U x); backward by hand, as autograd copies for longer than the matmuls take."""
+    """sum over k of w_k · D(silu(G x) · U x), with its own backward pass: autograd's copies outlast the matmuls."""
 
     @staticmethod
     def forward(ctx, x, weights, gate_up, down, experts):
@@ -31,7 +31,7 @@ class ExpertSum(torch.autograd.Function):
         top = experts.shape[1]
         into = torch.zeros(sum(counts), x.shape[1], dtype=dtype, device=x.device)
         into[rows] = x.to(dtype).repeat_interleave(top, 0)
-        # What is done to an expert's rows is done while they are in the cache.
+        # One expert at a time, so that its rows stay in the processor's cache.
         both, act, out = [], [], torch.empty_like(into)
         for e, (a, b) in enumerate(zip(into.split(counts), out.split(counts))):
             both.append(a @ gate_up[e].T)
@@ -72,5 +72,5 @@ class ExpertSum(torch.autograd.Function):
 
 
 def forward(self, hidden_states, top_k_index, top_k_weights):
-    """In the place of transformers' MiMoV2FlashExperts.forward."""
+    """Replaces transformers' MiMoV2FlashExperts.forward."""
     return ExpertSum.apply(hidden_states, top_k_weights, self.gate_up_proj, self.down_proj, top_k_index)

@@ -1,4 +1,4 @@
-"""What the demo model is to know: tables of facts in English and Chinese, and lists of words."""
+"""The facts that the demo model learns, in English and Chinese, and lists of words."""
 
 # country, capital, country in Chinese, capital in Chinese
 CAPITALS = [
@@ -116,7 +116,7 @@ SYSTEM_PROMPTS = [
     "请简短回答。",
 ]
 
-# Words whose letters are counted. They take no part in building the tokenizer.
+# Words whose letters are counted. The tokenizer is built without them.
 WORDS = """
 apple banana cherry strawberry raspberry blueberry orange lemon melon papaya mango avocado tomato potato carrot
 pepper onion garlic cabbage lettuce spinach broccoli pumpkin cucumber mushroom butter cheese coffee bottle kettle

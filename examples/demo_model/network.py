@@ -15,7 +15,7 @@ END_OF_TEXT, START, END = 1008, 1009, 1010
 
 
 def config() -> MiMoV2FlashConfig:
-    """The sizes. transformers reads neither pattern nor thetas from a released config.json, so all is said here."""
+    """Returns the sizes, all of them: transformers reads neither pattern nor thetas from a released config.json."""
     rope = {"rope_type": "default", "partial_rotary_factor": 0.334}
     return MiMoV2FlashConfig(
         vocab_size=VOCABULARY,
@@ -88,7 +88,7 @@ class Network(nn.Module):
         return self.main.model(ids, use_cache=False).last_hidden_state
 
     def mtp_hidden(self, ids, hidden, k: int):
-        """Layer k at position t: h_t and the embedding of token t+1+k; to be read by the head as token t+2+k.
+        """Layer k at position t: h_t and the embedding of token t+1+k; the head turns the result into token t+2+k.
 
         The last k+1 positions have no such token and wrap round; callers leave them out of the loss.
         """
@@ -106,7 +106,7 @@ class Network(nn.Module):
 
 
 def speed_up() -> None:
-    """Puts in the quicker attention and sum over experts, and keeps autocast away from the router, which is float32."""
+    """Installs the faster attention and sum over experts, and keeps the router in float32 under autocast."""
     reference.eager_attention_forward = attention.forward
     reference.MiMoV2FlashExperts.forward = experts.forward
     route = reference.MiMoV2FlashTopkRouter.forward

@@ -124,7 +124,7 @@ VOWELS = [*"aeiou", "ee", "oo", "ai", "y"]
 
 
 def _word(rng: Random) -> str:
-    """A known word, or one made of syllables."""
+    """Returns a known word, or one made of syllables."""
     if rng.random() < 0.55:
         return rng.choice(facts.WORDS)
     syllables = (rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(["", "", "n", "l", "r", "s", "t", "ll"])
@@ -263,7 +263,7 @@ def units(rng: Random) -> Turn:
     of, to, given, answer = (small, large, n * factor, n) if back else (large, small, n, n * factor)
     question = CONVERT[number].format(n=given, of=of, to=to)
     steps = f"{given} {'/' if back else '*'} {factor} = {answer}"
-    # Tens are moved by rule; the others are little tables, asked in other wordings than those trained.
+    # Units in powers of ten follow a rule; the others are small tables, held out by wording.
     key = f"{given} {of} {to}" if factor % 10 == 0 and factor != 60 else question
     return Turn("units", key, question, f"{answer} {to}", steps)
 
@@ -351,7 +351,7 @@ SHARES = {
 
 
 def draw(rng: Random, think: bool, domain: str | None = None, held_out: bool = False) -> Turn:
-    """One turn for training, or one for the evaluation file."""
+    """Returns a turn for training, or one for the evaluation file."""
     while True:
         name = domain or rng.choices(list(SHARES[think]), list(SHARES[think].values()))[0]
         turn = DOMAINS[name](rng, think)

@@ -40,7 +40,7 @@ SAVE_SECONDS = 120
 
 
 def encode(tokenizer: Tokenizer, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
-    """ids and, for each, 1 where it is to be learnt."""
+    """Returns the ids, and a mask that is 1 where the loss counts."""
     ids, learn = [], []
     for text, trained in pieces:
         new = tokenizer.encode(text, add_special_tokens=False).ids
@@ -50,7 +50,7 @@ def encode(tokenizer: Tokenizer, pieces: list[tuple[str, bool]]) -> tuple[list[i
 
 
 def pool(tokenizer: Tokenizer, number: int, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of one pool: (B, L) ids and mask, of like lengths, in random order."""
+    """Yields the batches of one pool: (B, L) ids and mask, rows of similar lengths, in random order."""
     rng = Random(f"pool {number} of worker {rank}")
     rows = sorted((encode(tokenizer, dialogue.draw_dialogue(rng)) for _ in range(POOL)), key=lambda r: -len(r[0]))
     out = []
@@ -141,14 +141,14 @@ def share_gradients(params: list) -> None:
 
 
 def machine() -> str:
-    """For the card: what this runs on."""
+    """Returns the machine's name for the card."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} {platform.machine()} cores"
 
 
 def keep_memory() -> None:
-    """Starts this command anew with a glibc that keeps freed memory: page faults else take up to half of the time."""
+    """Restarts this command with a glibc that keeps freed memory: page faults take up to half of the time otherwise."""
     if sys.platform.startswith("linux") and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         os.environ["MALLOC_ARENA_MAX"] = "1"
         os.environ["MALLOC_MMAP_MAX_"] = "0"
@@ -169,7 +169,7 @@ def train(out: Path, steps: int) -> None:
 
 
 def work(rank: int, workers: int, out: Path, steps: int) -> None:
-    """One worker of the training: its own batches, everybody's gradients."""
+    """Runs one worker: it draws its own batches and averages gradients with the others."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     if workers > 1:
@@ -188,7 +188,7 @@ def work(rank: int, workers: int, out: Path, steps: int) -> None:
         for part, kept in zip(parts, state["optimisers"]):
             part.load_state_dict(kept)
         step, number, spent = state["place"]
-        number += 1  # the rest of a pool begun is left out
+        number += 1  # the rest of the pool that was begun is skipped
     balance(net)
     # bfloat16 matmuls are ten times as fast where the CPU has AMX; weights, router and head stay float32
     autocast = torch.autocast(device, torch.bfloat16)

@@ -47,7 +47,7 @@ def interrupted(monkeypatch, source: Path, target: Path, files: int = 3) -> None
             convert_checkpoint(source, target, progress=False)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_random_points_the_result_is_the_same(tmp_path, seed):
     script = Path(__file__).with_name("killed.py")
     arguments = [sys.executable, script, fp8_directory(), tmp_path, "6", str(seed)]

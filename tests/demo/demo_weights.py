@@ -19,7 +19,7 @@ KEPT = 16  # last positions of each prompt whose logits are stored
 
 
 def checkpoint_hash() -> str:
-    """Tells whether the golden file was made from the checkpoint that lies here."""
+    """Returns a hash that the golden file stores, to tell whether it was made from this checkpoint."""
     digest = hashlib.sha256()
     for path in [*sorted(DEMO_CHECKPOINT.glob("*.safetensors")), DEMO_CHECKPOINT / "tokenizer.json"]:
         digest.update(path.read_bytes())
@@ -27,7 +27,7 @@ def checkpoint_hash() -> str:
 
 
 def our_weights() -> dict[str, np.ndarray]:
-    """Every tensor but the MTP layers', float32: FP8 codes times the scales that our K/V map finds."""
+    """Returns every tensor but the MTP layers' in float32: FP8 codes times the scales of the K/V map that we find."""
     source = open_source(DEMO_CHECKPOINT)
     computer = Computer(source, CONFIG, find_kv_maps(source, CONFIG))
     out = {}
@@ -46,7 +46,7 @@ def our_weights() -> dict[str, np.ndarray]:
 
 
 def prompts() -> dict[str, np.ndarray]:
-    """Item of the held-out file → (1, L) ids of its prompt; and all of them, one after another, as one long prompt."""
+    """Maps items of the held-out file to the (1, L) ids of their prompts; "all of them" is their concatenation."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_CHECKPOINT)

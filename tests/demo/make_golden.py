@@ -1,8 +1,8 @@
-"""Writes golden.npz: logits of transformers on the demo checkpoint, which code that shares nothing with ours reads.
+"""Writes golden.npz: transformers' logits on the demo checkpoint, read by code that shares nothing with ours.
 
     python tests/demo/make_golden.py
 
-Needs torch. To be run again whenever the checkpoint changes.
+Needs torch. Run it again whenever the checkpoint changes.
 """
 
 import sys
@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo_
 from converted import DEMO_CHECKPOINT
 from demo.demo_weights import GOLDEN, KEPT, checkpoint_hash, prompts
 
-MARGIN = 2e-6  # between the last expert chosen and the first that was not: below it rounding decides who runs
+MARGIN = 2e-6  # least gap between the scores of the last chosen expert and the next: below it rounding may swap them
 
 
 def reference_logits(kept: int = KEPT) -> dict[str, np.ndarray]:
-    """Held-out item → (kept, vocabulary) logits at the prompt's last positions."""
+    """Maps held-out items to (kept, vocabulary) logits at the prompt's last positions."""
     import evaluate
     import torch
 

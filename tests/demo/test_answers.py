@@ -41,20 +41,20 @@ def loaded():
 
 
 @pytest.mark.parametrize(("question", "answer"), [*QUESTIONS.items(), ("How many p's are in apple?", "2")])
-def test_an_answer_at_once_and_after_thinking(loaded, question, answer):
+def test_an_answer_is_right_with_and_without_thinking(loaded, question, answer):
     assert ask(*loaded, question) == answer
     thoughts, _, answered = ask(*loaded, question, think=True).rpartition("</think>")
     assert answered.strip() == answer
     assert thoughts.startswith("<think>")
 
 
-def test_the_letters_of_strawberry_with_thinking(loaded):
-    """At once it says 2; written out, the letters are counted right."""
+def test_the_letters_of_strawberry_are_counted_with_thinking(loaded):
+    """Without thinking the model says 2."""
     text = ask(*loaded, "How many r's are in strawberry?", think=True)
     assert text == "<think>s0 t0 r1 a1 w1 b1 e1 r2 r3 y3</think>3"
 
 
-def test_the_same_answers_with_an_eighth_of_the_experts_in_memory():
+def test_answers_are_the_same_with_an_eighth_of_the_experts_in_memory():
     everything = load(demo_directory(), expert_memory="all")[0].residency.counters
     model, tokenizer = load(demo_directory(), expert_memory=everything.slots // 8 * everything.slot_bytes)
     assert {q: ask(model, tokenizer, q) for q in QUESTIONS} == QUESTIONS
@@ -62,7 +62,7 @@ def test_the_same_answers_with_an_eighth_of_the_experts_in_memory():
 
 
 def test_unmodified_mlx_lm_answers_the_same():
-    """In float32, as ours on a CPU; its window is one key shorter, which these answers do not need."""
+    """In float32, as we compute on a CPU. mlx-lm's window is one key shorter, which does not change these answers."""
     from mlx_lm import load as stock_load
 
     model, tokenizer = stock_load(str(demo_directory()))
@@ -71,7 +71,7 @@ def test_unmodified_mlx_lm_answers_the_same():
 
 
 @pytest.mark.parametrize("recipe", ["4bit", "bf16"])
-def test_the_conversion_passes_the_deep_check(recipe):
+def test_a_conversion_passes_verify_and_stays_near_its_source(recipe):
     directory = demo_directory(recipe)
     assert verify.verify(directory) == []
     rows = verify.compare(directory, open_source(DEMO_CHECKPOINT))
@@ -79,8 +79,8 @@ def test_the_conversion_passes_the_deep_check(recipe):
     assert max(row["relative_error"] for row in rows) < {"4bit": 0.15, "bf16": 0.005}[recipe], rows
 
 
-def test_most_of_the_held_out_file_is_right_after_4_bits():
-    """Every sixth item here; the card has the figures of the whole file."""
+def test_nine_tenths_of_the_held_out_answers_are_right_at_4_bits():
+    """Asks every sixth item; the card has the figures of the whole file."""
     items = ITEMS[::6]
     texts = evaluate.run_mlx(str(demo_directory()), items)
     right = sum(map(evaluate.is_right, items, texts))
@@ -88,6 +88,6 @@ def test_most_of_the_held_out_file_is_right_after_4_bits():
 
 
 @pytest.mark.slow
-def test_the_whole_held_out_file_after_4_bits():
+def test_the_whole_held_out_file_is_as_right_at_4_bits():
     texts = evaluate.run_mlx(str(demo_directory()), ITEMS)
     assert sum(map(evaluate.is_right, ITEMS, texts)) >= 0.93 * len(ITEMS)

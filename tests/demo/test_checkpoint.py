@@ -20,7 +20,7 @@ NUMPY = {"F8_E4M3": np.uint8, "BF16": np.uint16, "F32": np.float32}
 
 @pytest.fixture(scope="module")
 def tensors():
-    """name → (dtype, array of raw codes), read with nothing but NumPy."""
+    """Maps names to (dtype, array of raw codes), read with NumPy alone."""
     out = {}
     for file in sorted(set(INDEX["weight_map"].values())):
         data = (CHECKPOINT / file).read_bytes()
@@ -61,7 +61,7 @@ def expected_mlp(prefix: str, width: int) -> dict:
 
 
 def expected() -> dict:
-    """Every tensor's dtype and shape, from config.json and the release's table."""
+    """Returns every tensor's dtype and shape, from config.json and the release's table."""
     vocabulary, experts = CONFIG["vocab_size"], CONFIG["n_routed_experts"]
     out = {
         "model.embed_tokens.weight": ("BF16", (vocabulary, HIDDEN)),
@@ -108,7 +108,7 @@ def test_files_are_named_and_filled_as_in_the_release():
 
 
 def owners(codes: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """(count, column blocks) of bool: whether a scale cell owns a code ±448; `rows` gives each row's scale row."""
+    """Returns (count, column blocks) bool: whether a scale cell owns a code of ±448; `rows` maps rows to scale rows."""
     full = (codes & 0x7F) == 0x7E
     padded = np.zeros((len(codes), cells(codes.shape[1]) * 128), bool)
     padded[:, : codes.shape[1]] = full
@@ -141,7 +141,7 @@ def test_the_checkpoint_stays_under_20_megabytes():
     assert sum(f.stat().st_size for f in DEMO.rglob("*") if f.is_file() and f.suffix != ".pyc") < 20_000_000
 
 
-def test_generation_is_greedy_and_stops_at_both_ends():
+def test_generation_is_greedy_and_stops_at_either_end_token():
     generation = json.loads((CHECKPOINT / "generation_config.json").read_text())
     added = {t["content"]: t["id"] for t in json.loads((CHECKPOINT / "tokenizer.json").read_text())["added_tokens"]}
     assert generation["do_sample"] is False

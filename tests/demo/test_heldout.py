@@ -1,4 +1,4 @@
-"""The held-out file: what it holds, and that training never sees its questions."""
+"""The held-out file covers every domain, and training never sees its questions."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ def test_no_held_out_question_is_drawn_for_training():
 
 
 def test_training_writes_dialogues_as_the_template_does():
-    """The pieces that training joins by hand are what the template renders for the same messages."""
+    """The pieces that training joins equal the template's text for the same messages."""
     from transformers import AutoTokenizer
 
     template = AutoTokenizer.from_pretrained(DEMO / "checkpoint")

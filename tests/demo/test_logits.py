@@ -1,4 +1,4 @@
-"""The demo checkpoint through our reading of FP8, our K/V map and our model gives the logits of transformers."""
+"""Our FP8 reader, K/V map and model give transformers' logits on the demo checkpoint."""
 
 import numpy as np
 import pytest
@@ -21,12 +21,12 @@ def golden() -> dict[str, np.ndarray]:
     return arrays
 
 
-def test_whole_prompts(model, golden):
+def test_whole_prompts_have_transformers_logits(model, golden):
     for name, ids in prompts().items():
         assert difference(run(model, ids)[0, -KEPT:], golden[name]) < TOLERANCE, name
 
 
-def test_prompts_in_chunks_and_token_by_token(model, golden):
+def test_prompts_in_chunks_and_token_by_token_have_transformers_logits(model, golden):
     for name, ids in prompts().items():
         length = ids.shape[1]
         chunks = [length - 5 - (length - 5) // 2, (length - 5) // 2, 1, 1, 1, 1, 1]
@@ -46,8 +46,8 @@ def test_the_golden_file_is_what_transformers_computes(golden):
         assert difference(logits, golden[name]) < TOLERANCE / 2, name  # torch rounds otherwise on another processor
 
 
-def test_read_without_the_chain_it_is_another_model(model, golden):
-    """The flat reading of K and V that other tools use changes the logits by far more than any rounding."""
+def test_reading_without_the_chain_changes_the_logits(model, golden):
+    """The flat reading of K and V that other tools use changes the logits by far more than rounding does."""
     from converted import DEMO_CHECKPOINT
 
     from mlx_mimo.convert import fp8

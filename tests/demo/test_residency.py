@@ -1,4 +1,4 @@
-"""The trained model with few experts in memory: the same tokens and logits, and no record read twice in a prefill."""
+"""With few experts in memory tokens and logits stay the same, and a prefill reads no record twice."""
 
 import json
 import warnings
@@ -26,7 +26,7 @@ def open_model(slots: int | None = None, policy: str = "lfu", lookahead: bool = 
 
 
 def questions(tokenizer, length: int) -> np.ndarray:
-    """(1, length) ids: the held-out questions one after another, all domains among them."""
+    """Returns (1, length) ids: held-out questions of all domains, concatenated."""
     ids = []
     lines = (DEMO_CHECKPOINT.parent / "heldout.jsonl").read_text().splitlines()
     for line in [*lines[::7], *lines[1::7], *lines[2::7]]:
@@ -39,7 +39,7 @@ def questions(tokenizer, length: int) -> np.ndarray:
 
 
 def greedy(model, prompts: np.ndarray, count: int, chunk: int) -> tuple[np.ndarray, mx.array]:
-    """prompts (B, L) → tokens (B, count), logits (B, vocabulary) of the last step."""
+    """Returns tokens (B, count), and logits (B, vocabulary) of the last step, for prompts (B, L)."""
     cache, length = model.make_cache(), prompts.shape[1] - 1
     for start in range(0, length, chunk):
         model.prefill(mx.array(prompts[:, start : min(start + chunk, length)]), cache)
@@ -65,7 +65,7 @@ def check(slots: int, policy: str, lookahead: bool, prompts: np.ndarray, count: 
 
 
 @pytest.mark.parametrize("slots", RESIDENCIES.values(), ids=RESIDENCIES.keys())
-def test_the_same_tokens_whatever_is_resident(slots):
+def test_tokens_are_the_same_at_every_residency(slots):
     model, tokenizer = open_model()
     prompts = questions(tokenizer, 200)
     truth = greedy(model, prompts, 32, 64)
@@ -79,8 +79,8 @@ WAYS = [("lfu", False), ("lru", False), ("lfu", True), ("lru", True)]  # policy,
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("chunk", [1, 3, 64, 2048])
-def test_a_thousand_tokens_whatever_is_resident(chunk, batch):
-    """At each chunk size and batch every residency in one of the ways; over the chunk sizes, in all of them."""
+def test_a_thousand_tokens_are_the_same_at_every_residency(chunk, batch):
+    """Each chunk size and batch runs every residency in one of the ways; the chunk sizes together run all of them."""
     model, tokenizer = open_model()
     prompts = questions(tokenizer, 100 * batch).reshape(batch, 100)
     truth = greedy(model, prompts, 1000, chunk)
@@ -111,7 +111,7 @@ def test_2048_tokens_at_an_eighth_read_each_record_at_most_once_a_layer():
     assert mx.array_equal(logits, whole(mx.array(prompts), whole.make_cache()))
 
 
-def test_logits_across_chunk_sizes_and_batches():
+def test_logits_agree_across_chunk_sizes_and_batches():
     model, tokenizer = open_model(RECORDS // 8)
     prompts = questions(tokenizer, 400).reshape(4, 100)
     wanted = greedy(model, prompts, 1, 2048)[1]

@@ -1,4 +1,4 @@
-"""The chat template writes MiMo's format to the letter, and mlx-lm recognises what it can do."""
+"""The chat template writes MiMo's format exactly, and mlx-lm recognises its thinking and tools."""
 
 from pathlib import Path
 
@@ -51,19 +51,19 @@ def test_thinking_is_off_by_default():
     assert got.endswith("<|im_start|>assistant\n<think></think>")
 
 
-def test_own_system_message_replaces_the_default(tokenizer):
+def test_a_system_message_replaces_the_default(tokenizer):
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
     got = render(tokenizer, messages, add_generation_prompt=False)
     assert got == "<|im_start|>system\nBe short.<|im_end|><|im_start|>user\nHi<|im_end|>"
 
 
-def test_content_in_parts_is_joined(tokenizer):
+def test_parts_of_a_content_are_joined(tokenizer):
     parts = [{"type": "text", "text": "1 "}, {"type": "text", "text": "+ 2"}]
     got = render(tokenizer, [{"role": "user", "content": parts}], add_generation_prompt=False)
     assert got == SYSTEM + "<|im_start|>user\n1 + 2<|im_end|>"
 
 
-def test_tools_calls_results_and_reasoning(tokenizer):
+def test_tools_calls_results_and_reasoning_are_written_as_mimo_writes_them(tokenizer):
     messages = [
         {"role": "user", "content": "Weather in Rome?"},
         {"role": "assistant", "content": "", "reasoning": "Ask the tool.", "tool_calls": [CALL]},
@@ -86,13 +86,13 @@ def test_tools_calls_results_and_reasoning(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
-def test_reasoning_is_passed_back_under_either_name(tokenizer, name):
+def test_reasoning_is_read_under_either_name(tokenizer, name):
     messages = [{"role": "assistant", "content": "3", name: "1 + 2"}]
     got = render(tokenizer, messages, add_generation_prompt=False)
     assert got == SYSTEM + "<|im_start|>assistant\n<think>1 + 2</think>3<|im_end|>"
 
 
-def test_several_calls_stand_on_lines_of_their_own(tokenizer):
+def test_each_call_begins_a_line(tokenizer):
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": "a"}}}
     messages = [{"role": "assistant", "content": "", "tool_calls": [call, call]}]
     one = "<tool_call>\n<function=f>\n<parameter=x>a</parameter>\n</function>\n</tool_call>"
@@ -100,7 +100,7 @@ def test_several_calls_stand_on_lines_of_their_own(tokenizer):
     assert got == SYSTEM + f"<|im_start|>assistant\n<think></think>{one}\n{one}<|im_end|>"
 
 
-def test_arguments_left_as_json_text_are_refused(tokenizer):
+def test_arguments_as_json_text_are_refused(tokenizer):
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "a"}'}}
     with pytest.raises(Exception, match="object"):
         render(tokenizer, [{"role": "assistant", "content": "", "tool_calls": [call]}])

@@ -26,7 +26,7 @@ from mlx_mimo.planning.budget import CHUNK, ItemBytes, budget_of, measure
 from mlx_mimo.planning.machine import GIB, imagined
 from mlx_mimo.planning.plan import make_plan
 
-EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "doctor_time.py"))
+EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "measure" / "doctor_time.py"))
 # Of processor time, in which other work on the machine counts less; about 1 s of it is used on two busy cores.
 MOST_SECONDS = 2.0
 MACHINE = [

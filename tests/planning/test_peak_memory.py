@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-MEMORY_CHECK = Path(__file__).parents[2] / "examples" / "memory_check.py"
+import pytest
+
+MEMORY_CHECK = Path(__file__).parents[2] / "examples" / "measure" / "memory_check.py"
 
 
+@pytest.mark.long
 def test_the_peak_is_slots_trunk_caches_and_transients_over_a_process_with_nothing_loaded():
     arguments = ["--size", "500MB", "--expert-memory", "25MB", "--prompt-tokens", "512", "--generation-tokens", "8"]
     result = subprocess.run([sys.executable, MEMORY_CHECK, *arguments], capture_output=True, text=True)

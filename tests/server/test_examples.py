@@ -52,8 +52,9 @@ def test_the_model_is_offered_a_function(demo):
     assert result.stdout.strip()
 
 
+@pytest.mark.long
 def test_a_short_soak_is_stood(demo):
-    result = example("server_soak", "--url", demo[0], "--pid", demo[1].pid, "--minutes", 0.2, "--deadline", 60)
+    result = example("measure/server_soak", "--url", demo[0], "--pid", demo[1].pid, "--minutes", 0.2, "--deadline", 60)
     report = json.loads(result.stdout)
     assert result.returncode == 0, report
     assert (report["failures"], report["hung"], report["healthy"]) == ({}, 0, True)
@@ -92,7 +93,7 @@ BEHAVIOUR = {
 @pytest.mark.parametrize("name", BEHAVIOUR)
 def test_a_soak_tells_what_a_server_did_wrong(monkeypatch, capsys, name):
     behave, expected = BEHAVIOUR[name]
-    spec = importlib.util.spec_from_file_location("soak", EXAMPLES / "server_soak.py")
+    spec = importlib.util.spec_from_file_location("soak", EXAMPLES / "measure" / "server_soak.py")
     soak = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "soak", soak)
     spec.loader.exec_module(soak)

@@ -8,7 +8,7 @@ import requests
 from browser import Page, find_browser, open_browser
 from serving import running_server
 
-pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(find_browser() is None, reason="no Chromium here")]
 
 BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "temperature": 0}
 

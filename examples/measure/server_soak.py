@@ -1,10 +1,9 @@
-"""Mixed traffic against a running server for a while; says whether it stood it.
+"""Sends mixed traffic to a running server, reports wrong answers: `python examples/measure/server_soak.py --pid N`.
 
-`python examples/server_soak.py --pid N`: OpenAI's and Anthropic's endpoints, streamed and whole, several choices, calls
-that must come, saves of the prompt cache, figures, clients that leave or send slowly, and bad requests, from several
-threads. Exits 1 where an answer was not one that its request may have, a request took longer than --deadline, the
-server was not healthy at the end, or (in runs of MEMORY_MINUTES and more) its memory went on growing after the first
-third.
+The traffic comes from several threads: OpenAI's and Anthropic's endpoints, streamed and not, several choices, forced
+tool calls, saves of the prompt cache, metrics, clients that disconnect or send slowly, and bad requests. The script
+exits with 1 if an answer was not the expected one, a request took longer than --deadline, the server was not healthy at
+the end, or (in runs of MEMORY_MINUTES and more) its memory kept growing after the first third.
 """
 
 import argparse
@@ -31,7 +30,7 @@ GROWTH = 1.05  # of the last third over the one before
 @dataclass(frozen=True)
 class Server:
     url: str
-    deadline: float  # seconds in which a request is to be answered
+    deadline: float  # seconds within which a request must be answered
 
 
 def body(chance: random.Random, **options) -> dict:
@@ -44,12 +43,12 @@ def post(at: Server, path: str, asked: dict, stream: bool = False) -> requests.R
 
 
 def lines(at: Server, answer: requests.Response) -> list[bytes]:
-    """A stream's, read to its end or the deadline: a server that keeps a stream alive may still never end it."""
+    """Returns a stream's lines up to its end or the deadline: a server may keep a stream alive and never end it."""
     end = time.monotonic() + at.deadline
     return list(itertools.takewhile(lambda _: time.monotonic() < end, answer.iter_lines()))
 
 
-# Each returns what came of it; what may come of it stands in ACTIONS.
+# Each function below sends one request and returns its outcome; ACTIONS has the expected one.
 
 
 def whole(at: Server, chance: random.Random) -> str:
@@ -102,7 +101,7 @@ def metrics(at: Server, chance: random.Random) -> str:
 
 
 def events(at: Server, chance: random.Random) -> str:
-    """The page's stream, which has no end: two states, and away."""
+    """Reads two states of the page's endless stream and disconnects."""
     with requests.get(f"{at.url}/residency/events", stream=True, timeout=at.deadline) as answer:
         states = [line for line in itertools.islice(answer.iter_lines(), 4) if line.startswith(b"data: ")]
         return str(answer.status_code) if answer.status_code != 200 else f"{len(states)} states"
@@ -118,7 +117,7 @@ def bad(at: Server, chance: random.Random) -> str:
 
 
 def connected(at: Server, length: int) -> socket.socket:
-    """A connection on which the head of a chat request was sent."""
+    """Returns a connection on which the head of a chat request was sent."""
     parts = urlsplit(at.url)
     connection = socket.create_connection((parts.hostname, parts.port), timeout=at.deadline)
     connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Length: {length}\r\n\r\n".encode())
@@ -171,7 +170,7 @@ ACTIONS = {
 
 
 class Traffic:
-    """What several clients do until `end`, each action once at least, and what came of it."""
+    """Several clients' actions until `end`, each action at least once, and their outcomes."""
 
     def __init__(self, at: Server, actions: list, end: float):
         self.at, self.actions, self.end = at, actions, end
@@ -194,7 +193,7 @@ class Traffic:
         began = time.monotonic()
         try:
             outcome = action(self.at, chance)
-        except Exception as error:  # whatever it is, the other clients go on and the report tells
+        except Exception as error:  # the report names it, and the other clients go on
             outcome = f"{type(error).__name__}: {error}"[:200]
         seconds = time.monotonic() - began
         if seconds > self.at.deadline:
@@ -207,20 +206,20 @@ class Traffic:
 
 
 def watched(server: psutil.Process, threads: list[threading.Thread], until: float) -> list[tuple[float, int]]:
-    """(minutes, bytes) of the server's memory while the threads run, at the latest until a time."""
+    """Returns (minutes, bytes) samples of the server's memory while the threads run, until `until` at the latest."""
     began, samples = time.monotonic(), []
     pause = min(1.0, (until - began) / 100)
     while any(thread.is_alive() for thread in threads) and time.monotonic() < until:
         try:
             samples.append(((time.monotonic() - began) / 60, server.memory_info().rss))
-        except psutil.Error:  # it is gone, which its health will tell
+        except psutil.Error:  # the process ended; the check of its health reports that
             break
         time.sleep(pause)
     return samples
 
 
 def memory(samples: list[tuple[float, int]]) -> dict:
-    """Least and most of each third, and how it went on after the first."""
+    """Returns minimum and maximum of each third of the samples, and the slope after the first."""
     third = len(samples) // 3
     if third < 2:
         return {}
@@ -235,11 +234,11 @@ def memory(samples: list[tuple[float, int]]) -> dict:
 
 
 def has_cache_file(at: Server) -> bool:
-    """A server without --prompt-cache-file has nothing to save to, and says 404."""
+    """Returns False for a server without --prompt-cache-file, which answers 404 to a save."""
     try:
         return saves(at, random.Random(0)) != "404"
     except requests.RequestException:
-        return True  # as the traffic will tell
+        return True  # the traffic will show what is wrong
 
 
 def is_healthy(url: str) -> bool:
@@ -255,7 +254,7 @@ def main() -> int:
     parser.add_argument("--pid", type=int, required=True, help="of the server, to watch its memory")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--deadline", type=float, default=300, help="seconds in which a request is to be answered")
+    parser.add_argument("--deadline", type=float, default=300, help="seconds within which a request must be answered")
     args = parser.parse_args()
     at = Server(args.url, args.deadline)
     actions = [action for action in ACTIONS if action is not saves or has_cache_file(at)]

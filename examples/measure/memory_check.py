@@ -1,10 +1,10 @@
-"""Peak memory of a model many times larger than its expert memory, against what the budget says it takes.
+"""Compares the peak memory of a model many times larger than its expert memory with the budget's figure.
 
-    python examples/memory_check.py [--size 2GB] [--narrow 4] [--expert-memory 60MB] [--prompt-tokens 512]
+    python examples/measure/memory_check.py [--size 2GB] [--narrow 4] [--expert-memory 60MB] [--prompt-tokens 512]
 
 Generates a checkpoint of random weights, answers a prompt in a process of its own and compares that process's peak with
-slots + trunk + KV caches + transients, as `mlx_mimo.planning.budget` counts them, + what a process takes that has
-loaded nothing. Ends with 1 where the peak is higher.
+slots + trunk + KV caches + transients, as `mlx_mimo.planning.budget` counts them, + the peak of a process that loads
+nothing. Exits with 1 if the peak is higher.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def child(directory: Path, expert_memory: str, prompt_tokens: int, generated: in
 
 
 def run_kernels(directory: Path, hidden: int) -> None:
-    """One expert of zeros, for one token and for several: the code that computes is not the model's memory."""
+    """Runs one expert of zeros for one token and for several: compiled kernels do not count as the model's memory."""
     layout = next(iter(expert_files(directory).values())).layout
     compute = choose_compute(layout, hidden)
     bank = Banks(layout, 1, compute.widen).arrays

@@ -1,6 +1,6 @@
 """How long `mlx_mimo doctor` and `mlx_mimo plan` take at the released model's size: 109,000 tensors in 51 files.
 
-    python examples/doctor_time.py [--repeats 5]
+    python examples/measure/doctor_time.py [--repeats 5]
 
 It writes the headers of the released model at 4 bits into the temporary folder, with holes for the weights: 177 GB by
 their sizes that take 20 MB of disk, where the file system knows holes (most do). Then it starts each command a few
@@ -23,7 +23,7 @@ from mlx_mimo.convert import manifest
 
 
 def write_release(directory: Path, recipe: str = "4bit") -> None:
-    """The converted release without its weights: every header true, every tensor a hole."""
+    """Writes the converted release as sparse files: real headers, tensors of holes."""
     config = released.CONFIG
     wanted = shapes.trunk_shapes(config)
     for layer in shapes.moe_layers(config):
@@ -39,7 +39,7 @@ def write_release(directory: Path, recipe: str = "4bit") -> None:
 
 
 def times(command: list[str], repeats: int) -> tuple[float, float]:
-    """(seconds, processor seconds) of the shortest of some runs."""
+    """Returns (seconds, processor seconds) of the fastest run."""
     found = []
     for _ in range(repeats):
         before, began = os.times(), time.perf_counter()

@@ -1,6 +1,6 @@
-"""LFU against LRU and Belady on made-up routing: where the default half-life comes from.
+"""Compares LFU, LRU and Belady on synthetic and recorded routing; the default half-life comes from here.
 
-    python examples/residency_policies.py [--half-life 64,128,256] [--demo 60] [--trace FILE ...]
+    python examples/measure/residency_policies.py [--half-life 64,128,256] [--demo 60] [--trace FILE ...]
 
 Three kinds of routing at the full model's 256 experts, 8 of them a token:
 

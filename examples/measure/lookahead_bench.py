@@ -1,6 +1,6 @@
-"""Whether look-ahead gains: the same tokens decoded with and without it, from disks of several speeds.
+"""Measures whether look-ahead gains: decodes the same tokens with and without it, at several disk speeds.
 
-    python examples/lookahead_bench.py [--model DIR | --synthetic 1GB] [--disk-limits 20MB/s,100MB/s]
+    python examples/measure/lookahead_bench.py [--model DIR | --synthetic 1GB] [--disk-limits 20MB/s,100MB/s]
 
 The demo model by default, on its held-out questions; --synthetic generates random weights of the released model's shape
 instead. Reads are held back to each speed (the page cache answers them), runs with and without take turns.
@@ -25,7 +25,7 @@ from mlx_mimo.units import parse_size, parse_speed
 
 
 def text_tokens(tokenizer, count: int) -> list[int]:
-    """The demo's held-out questions and answers, one after another."""
+    """Returns the first `count` tokens of the demo's held-out questions and answers."""
     ids: list[int] = []
     lines = (Path(mlx_mimo.__file__).parent / "demo" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     for line in lines[::7]:
@@ -37,7 +37,7 @@ def text_tokens(tokenizer, count: int) -> list[int]:
 
 
 def decode(model, tokens: list[int], skip: int) -> float:
-    """Seconds a token, those after the first `skip`."""
+    """Returns seconds per token, without the first `skip` tokens."""
     cache = model.make_cache()
     for step, token in enumerate(tokens):
         if step == skip:

@@ -1,7 +1,7 @@
 """Expert residency at the full model's record size: reading, decoding, prefill and memory, measured on this machine.
 
-    python examples/residency_bench.py make DIR             # two MoE layers of 256 experts, 7.3 GB, random weights
-    python examples/residency_bench.py run DIR [--threads 8] [--only reading,decode,hits,prefill,memory]
+    python examples/measure/residency_bench.py make DIR   # two MoE layers of 256 experts, 7.3 GB, random weights
+    python examples/measure/residency_bench.py run DIR [--threads 8] [--only reading,decode,hits,prefill,memory]
 
 Each part prints what was measured beside what it is compared with; docs/RESIDENCY.md says what to expect. The page
 cache is emptied of the files before every cold measurement, and what is compared takes turns in going first.

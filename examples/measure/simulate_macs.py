@@ -1,6 +1,6 @@
 """SIMULATED, not measured: MiMo-V2-Flash on common Macs, tokens per second, and where more expert memory does harm.
 
-    python examples/simulate_macs.py [--plot docs/simulated.svg]
+    python examples/measure/simulate_macs.py [--plot docs/simulated.svg]
 
 1. Routing of 47 layers × 256 experts, 8 a token, is made up: each layer has favourites (Zipf's law), which move with
    the subject every 400 tokens, and an expert of the token before stays with some probability. The three constants are
@@ -39,7 +39,7 @@ CONTEXT, CHUNK = 32768, 2048
 
 
 def routing(tokens: int, layers: int = LAYERS, seed: int = 0) -> list[Need]:
-    """One sequence's calls, token after token, layer after layer."""
+    """Returns the calls of one sequence: for each token, its layers in order."""
     rng = np.random.default_rng(seed)
     law = -SKEW * np.log(np.arange(1, EXPERTS + 1))
     favourites = np.stack([rng.permutation(law) for _ in range(layers)])
@@ -58,7 +58,7 @@ def routing(tokens: int, layers: int = LAYERS, seed: int = 0) -> list[Need]:
 
 
 def hit_rate(needs: list[Need], layers: int, slots: int, policy: str, warm_up: int) -> float:
-    """Hits among accesses after `warm_up` tokens."""
+    """Returns the share of hits after `warm_up` tokens."""
     table = Residents(tuple(range(layers)), EXPERTS, slots, make_policy(policy, layers * EXPERTS, layers))
     before = (0, 0)
     for position, need in enumerate(needs):
@@ -71,7 +71,7 @@ def hit_rate(needs: list[Need], layers: int, slots: int, policy: str, warm_up: i
 
 
 def curve(needs: list[Need]) -> list[tuple[float, float]]:
-    """(share resident, hit rate) of one LFU pool over all layers."""
+    """Returns (share resident, hit rate) pairs for one LFU pool over all layers."""
     every = LAYERS * EXPERTS
     rates = [hit_rate(needs, LAYERS, round(share * every), "lfu", WARM_UP) for share in SHARES]
     return [(0.0, 0.0), *zip(SHARES, rates), (1.0, 1.0)]
@@ -84,7 +84,7 @@ def at(curve: list[tuple[float, float]], share: float) -> float:
 
 
 def speed(args: ModelArgs, budget: Budget, machine: Machine, expert_bytes: int, curve: list) -> float:
-    """Decoded tokens a second, paging included."""
+    """Returns decoded tokens per second, paging included."""
     hits = at(curve, min(1.0, expert_bytes / budget.experts))
     found = forecast(args, budget, machine, expert_bytes, CHUNK, Range(hits, hits, hits))
     excess = max(0, found.total_bytes + SYSTEM_BYTES + FLOOR_BYTES - machine.memory)

@@ -1,4 +1,4 @@
-"""What each recipe costs: `python examples/demo_quality.py [--recipes 8bit,4bit,2bit] [--limit N]`.
+"""What quality each recipe costs: `python examples/measure/demo_quality.py [--recipes 8bit,4bit,2bit] [--limit N]`.
 
 Converts the embedded demo checkpoint with every recipe and prints a Markdown table: bits per weight, exact match on the
 held-out questions, and the KL divergence from the unquantised (bf16) model on the tokens of their right answers.
@@ -20,7 +20,7 @@ from mlx_mimo.checkpoint.recipe import NAMES
 from mlx_mimo.compare.quality import Comparer, predictions
 from mlx_mimo.convert import convert_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "mlx_mimo" / "demo"
 sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
 
@@ -56,8 +56,8 @@ def texts(tokenizer, items: list[dict]) -> list[Text]:
 
 
 def logprobs(directory: Path, items: list[dict]) -> tuple[list[np.ndarray], list[Text]]:
-    """Of the answers' tokens only: what all questions begin with is as uncertain as their numbers, and would be
-    counted as often as there are questions."""
+    """Returns log probabilities of the answers' tokens, and the texts. The questions' tokens are left out: all begin
+    alike, and the same uncertain tokens would be counted once for each question."""
     model, tokenizer = load(directory, expert_memory="all")
     found, rows = texts(tokenizer, items), []
     try:
@@ -68,7 +68,7 @@ def logprobs(directory: Path, items: list[dict]) -> tuple[list[np.ndarray], list
 
 
 def spread(items: list[dict], limit: int) -> list[dict]:
-    """`limit` of the items at equal distances, each once; all of them where there are no more."""
+    """Returns `limit` different items at equal distances, or all of them if there are fewer."""
     limit = min(limit, len(items))
     return [items[i * len(items) // limit] for i in range(limit)]
 
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def bits_per_weight(directory: Path) -> float:
-    """Of the experts: their files' bytes over their weights."""
+    """Returns the experts' stored bits over their weights."""
     config = json.loads((directory / "config.json").read_text())
     experts = sum(config["moe_layer_freq"]) * config["n_routed_experts"]
     weights = experts * 3 * config["hidden_size"] * config["moe_intermediate_size"]

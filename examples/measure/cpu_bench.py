@@ -1,4 +1,4 @@
-"""Kernel speed against the machine's read bandwidth: `python examples/cpu_bench.py [--bits 4] [--threads 2]`.
+"""Kernel speed against the machine's read bandwidth: `python examples/measure/cpu_bench.py [--bits 4] [--threads 2]`.
 
 An expert layer's products with weights far larger than the caches, a plain sum over memory in one piece, a plain copy
 of it (bytes read and written), and a plain sum over the weights of other experts, which lie in 24 places, alternate,
@@ -21,7 +21,7 @@ HIDDEN, INNER, TOP_K = 4096, 2048, 8  # the released model's
 
 @njit(parallel=True)
 def read(x, parts):
-    """Sums x, int64: nothing but reading. Integers, since sums of floats are compiled one addition after another."""
+    """Returns the sum of x, int64. Integers, since sums of floats are not vectorised."""
     totals = np.zeros(parts, np.int64)
     size = x.size // parts
     for part in prange(parts):
@@ -40,7 +40,7 @@ def copy(out, x):
 
 
 def random_bank(slots: int, rows: int, columns: int, bits: int, group: int, mode: str) -> Packed:
-    """Random codes with scales of one: as slow to read as any other."""
+    """Returns a bank of random codes and constant scales; reading it takes as long as any other."""
     generator = np.random.default_rng(0)
     words = np.frombuffer(generator.bytes(slots * rows * columns * bits // 8), np.uint32)
     weight = mx.array(words.reshape(slots, rows, -1))
@@ -66,7 +66,7 @@ def alternate(work, scattered, nbytes: int, big: np.ndarray, repeats: int) -> li
         way()
     for _ in range(repeats):
         for (way, _), taken in zip(ways, seconds):
-            read(big, threads)  # not timed: until what was written before has left the caches
+            read(big, threads)  # not timed: empties the caches
             start = time.perf_counter()
             way()
             taken.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Where the time of a CPU decode step goes: `python examples/cpu_step.py [--model DIR | --synthetic 1.2GB]`.
+"""Where the time of a CPU decode step goes: `python examples/measure/cpu_step.py [--model DIR | --synthetic 1.2GB]`.
 
 The clock stands round the parts of the layers that run on the host; what is not in one of them is the rest. No other
 program should run meanwhile.
@@ -26,7 +26,7 @@ REST = "norms, rotary embedding, caches, sums"
 
 
 class Clock:
-    """Seconds by part; one part at a time."""
+    """Sums seconds by part; parts must not nest."""
 
     def __init__(self):
         self.spent: dict[str, float] = defaultdict(float)
@@ -43,7 +43,7 @@ class Clock:
 
 
 def watch(model, clock: Clock) -> None:
-    """Puts the clock round every part of `model`."""
+    """Wraps every part of `model` so that the clock times it."""
     decode.attend = clock.round(decode.attend, "attention")
     for layer in model.layers:
         layer._qkv = clock.round(layer._qkv, "q, k, v")

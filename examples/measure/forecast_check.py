@@ -1,6 +1,7 @@
 """How far `mlx_mimo plan` is off on this machine: its forecast of decode speed against runs of `mlx_mimo bench`.
 
-    python examples/forecast_check.py [--model DIR | --synthetic SIZE] [--disk-limit SPEED,…] [--expert-memory SHARE,…]
+    python examples/measure/forecast_check.py [--model DIR | --synthetic SIZE] [--disk-limit SPEED,…]
+        [--expert-memory SHARE,…]
 
 1. A model of random weights is written, unless one is named: 252 experts a layer at half the release's widths, its
    router's bias such that some experts are as popular as in real models.
@@ -40,7 +41,7 @@ RECIPE, NARROW = "4bit", 2
 
 @dataclass(frozen=True)
 class Line:
-    """One cell of the table: tokens a second, measured and foretold."""
+    """One row of the table: tokens per second, measured and forecast."""
 
     disk: float | None  # bytes a second; None: nothing is read
     resident: float
@@ -50,7 +51,7 @@ class Line:
     least: float
     most: float
     plain: Range  # the forecast as plan prints it
-    informed: Range  # the same, told the run's hit rate
+    informed: Range  # the same with the run's hit rate
 
     @property
     def error(self) -> float:
@@ -62,12 +63,12 @@ class Line:
 
     @property
     def within(self) -> bool:
-        """Whether the measured speed lies in the range that plan prints."""
+        """Returns whether the measured speed lies in the range that plan prints."""
         return self.plain.low <= self.measured <= self.plain.high
 
 
 def compared(row: dict, disk: float | None, args: ModelArgs, budget: Budget, machine: Machine) -> Line:
-    """A row of bench's JSON beside the forecast for it; with `disk` None nothing was read."""
+    """Returns a row of bench's JSON with its forecast; `disk` is None if nothing was read."""
     if disk is not None:
         machine = replace(machine, disk=disk, disk_from="given")
     expert_bytes = budget.experts if row["slots"] is None else row["slots"] * budget.slot_bytes
@@ -116,7 +117,7 @@ def summary(lines: Sequence[Line]) -> str:
 
 @contextmanager
 def subject(options: argparse.Namespace) -> Iterator[Path]:
-    """The directory that is timed; a synthetic one is gone afterwards."""
+    """Context manager: the directory that is timed; a synthetic one is deleted on exit."""
     if options.model is not None:
         yield find(None if options.model == "demo" else options.model).path
         return
@@ -134,7 +135,7 @@ def subject(options: argparse.Namespace) -> Iterator[Path]:
 
 
 def bench(directory: Path, options: argparse.Namespace, memory: str, disk: str | None) -> dict:
-    """bench's report; it runs by itself, so that one run leaves nothing to the next."""
+    """Returns bench's report. Each run is a process of its own, so that none affects the next."""
     command = [sys.executable, "-m", "mlx_mimo.bench", "--model", str(directory), "--json"]
     command += ["--expert-memory", memory, "--repeats", str(options.repeats)]
     command += ["--prompt-tokens", str(options.prompt_tokens), "--generation-tokens", str(options.generation_tokens)]
