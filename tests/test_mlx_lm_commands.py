@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import requests
 from bridged import KINDS, generated, mlx_lm, mlx_lm_server, succeeded
+from patience import DEADLINE
 
 # Ours is what a change here may break; mlx-lm's own model runs before a release.
 EITHER = pytest.mark.parametrize("kind", [pytest.param("stock", marks=pytest.mark.slow), "bridged"])
@@ -79,7 +80,7 @@ def test_server(kind, tmp_path):
     def ask(text: str) -> dict:
         messages = [{"role": "user", "content": text}]
         body = {"messages": messages, "max_tokens": 5, "temperature": 0}
-        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=300)
+        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=DEADLINE)
         assert answer.status_code == 200, log.read_text()
         return answer.json()
 
