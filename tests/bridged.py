@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +13,7 @@ from tempfile import mkdtemp
 
 import requests
 from converted import converted_directory
+from patience import DEADLINE, wait_until
 
 from mlx_mimo.bridge import __main__ as bridge
 
@@ -83,7 +83,7 @@ def mlx_lm(
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=DEADLINE,
         env=environment(kind, settings),
         cwd=cwd,
     )
@@ -103,19 +103,18 @@ def mlx_lm_server(kind: str, log: Path, *arguments: str, settings: dict | None =
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(DEADLINE)
 
 
 def _until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
-    for _ in range(600):
+    def healthy() -> bool:
         assert process.poll() is None, log.read_text()
         try:
-            if requests.get(f"{url}/health", timeout=5).status_code == 200:
-                return
+            return requests.get(f"{url}/health", timeout=DEADLINE).status_code == 200
         except requests.ConnectionError:
-            pass  # not listening yet
-        time.sleep(0.5)
-    raise AssertionError(log.read_text())
+            return False  # not listening yet
+
+    assert wait_until(healthy), log.read_text()
 
 
 def succeeded(result: subprocess.CompletedProcess) -> str:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from patience import DEADLINE
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 FLAGS = (
@@ -39,7 +41,6 @@ os.dup2(ends[0], 3)
 os.dup2(ends[1], 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-SECONDS = 120.0  # for an answer: CI machines are slow
 
 
 def find_browser() -> str | None:
@@ -75,7 +76,7 @@ class Page:
             self._note(answer)
 
     def _next(self) -> dict:
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + DEADLINE
         while b"\0" not in self._buffer:
             assert select.select([self._receive], [], [], max(0, deadline - time.monotonic()))[0], "no answer"
             piece = os.read(self._receive, 1 << 20)
@@ -99,7 +100,7 @@ class Page:
 
     def wait_for(self, script: str) -> Any:
         """Until an expression is true; its value."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + DEADLINE
         while not (value := self.run(script)):
             assert time.monotonic() < deadline, f"never came: {script}; {self.log}"
             time.sleep(0.1)
@@ -136,7 +137,7 @@ def open_browser(profile: Path) -> Iterator[Page]:
         yield page
         page._session = None
         page.command("Browser.close")
-        process.wait(timeout=60)
+        process.wait(timeout=DEADLINE)
     finally:
         if process.poll() is None:
             process.kill()

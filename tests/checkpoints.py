@@ -2,9 +2,14 @@
 
 `write_checkpoint` stores what the release stores: the same names, files and dtypes, FP8 e4m3 codes with one scale a
 128×128 block, and in global layers the K/V scale chain. It returns the weights a correct reader must see.
+
+Every processor must make the same bits, for golden files hold what a reference computes from them. So a value comes
+from drawn integers and from what IEEE 754 rounds in one way: sums of two, products, quotients, square roots, powers of
+two by ldexp. A power, an exponential or a logarithm has other last bits with other instructions.
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +101,7 @@ def _e4m3_table() -> np.ndarray:
     """The value of each of the 256 codes; 0x7F and 0xFF are NaN."""
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, code & 7
-    magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    magnitude = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10))
     magnitude[code & 0x7F == 0x7F] = np.nan
     return np.where(code < 128, magnitude, -magnitude).astype(np.float32)
 
@@ -183,8 +188,17 @@ class _Tensors:
 
     def normal(self, *shape: int, std: float | None = None) -> np.ndarray:
         """Random weights; a matrix keeps the size of what it multiplies unless `std` says."""
-        std = shape[-1] ** -0.5 if std is None else std
-        return (self.rng.standard_normal(shape) * std).astype(np.float32)
+        std = 1 / math.sqrt(shape[-1]) if std is None else std
+        # Twelve integers over a width of 4096, each with a mean of -0.5: their sum is nearly normal and its standard
+        # deviation that width.
+        total = self.rng.integers(-2048, 2048, (12, *shape), np.int16).sum(0, np.int32) + 6
+        return (np.ldexp(total, -12) * std).astype(np.float32)
+
+    def sizes(self, rows: int, each: int) -> np.ndarray:
+        """(rows, 1) factors from 1/2 to 15/8, one for every `each` rows."""
+        shape = rows // each, 1
+        factors = np.ldexp(self.rng.integers(8, 16, shape), self.rng.integers(-4, -2, shape))
+        return factors.repeat(each, 0).astype(np.float32)
 
     def f32(self, name: str, values: np.ndarray) -> None:
         self.stored[name] = ("F32", values)
@@ -215,7 +229,7 @@ class _Tensors:
         k = self.normal(kv_heads * HEAD_DIM, hidden)
         v = self.normal(kv_heads * V_HEAD_DIM, hidden) / 6
         # Rows of different sizes: without them neighbouring scales are nearly equal and a wrong map hardly shows.
-        k *= 2.0 ** self.rng.uniform(-1, 1, (len(k) // 64, 1)).repeat(64, 0).astype(np.float32)
+        k *= self.sizes(len(k), each=64)
         if chain:
             (k_codes, k_scale), (v_codes, v_scale), scales = _quantise_chain(k, v, kv_heads)
             self._store_fp8(f"{prefix}.k_proj.weight", k_codes, k_scale)

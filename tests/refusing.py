@@ -6,14 +6,13 @@ import socket
 from urllib.parse import urlsplit
 
 import requests
-
-from mlx_mimo.server.worker import wait_until
+from patience import DEADLINE, wait_until
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 CHAT = "/v1/chat/completions"
 
 
-def raw(server, data: bytes, close_write: bool = True, timeout: float = 20) -> tuple[int, dict]:
+def raw(server, data: bytes, close_write: bool = True, timeout: float = DEADLINE) -> tuple[int, dict]:
     """Sends bytes as they are; the status and the JSON body that come back."""
     parts = urlsplit(server.url)
     with socket.create_connection((parts.hostname, parts.port), timeout=timeout) as connection:
@@ -33,7 +32,7 @@ def raw(server, data: bytes, close_write: bool = True, timeout: float = 20) -> t
 
 def post(server, body, path: str = CHAT, **headers) -> requests.Response:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return requests.post(server.url + path, data=data, headers=headers, timeout=60)
+    return requests.post(server.url + path, data=data, headers=headers, timeout=DEADLINE)
 
 
 def refused(response: requests.Response, status: int) -> dict:
@@ -45,4 +44,4 @@ def refused(response: requests.Response, status: int) -> dict:
 
 def wait_for_an_empty_house(server) -> None:
     """Until the connections of earlier tests are closed."""
-    assert wait_until(lambda: server.httpd._room._value == server.httpd.most_connections, 60)
+    assert wait_until(lambda: server.httpd._room._value == server.httpd.most_connections)

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from patience import DEADLINE, wait_until
+
 from mlx_mimo.arguments import load_options
 from mlx_mimo.server.__main__ import build_parser, complete
 from mlx_mimo.server.running import Running
-from mlx_mimo.server.worker import wait_until
 
 
 @contextlib.contextmanager
@@ -25,7 +26,7 @@ def running_server(directory: Path | None, *flags: str, wait: bool = True) -> It
     server.start()
     try:
         if wait:
-            assert wait_until(lambda: server.worker.is_healthy, 60)
+            assert wait_until(lambda: server.worker.is_healthy)
         yield server
     finally:
         hurry = threading.Event()
@@ -51,10 +52,10 @@ class Process:
 
     def wait_for(self, pattern: str) -> re.Match:
         while (match := re.search(pattern, self.said)) is None:
-            line = self.lines.get(timeout=90)
+            line = self.lines.get(timeout=DEADLINE)
             assert line, f"ended, having said: {self.said}"
             self.said += line
         return match
 
     def end(self) -> int:
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=DEADLINE)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+from patience import DEADLINE
+
 # pty.spawn in a process of its own: this one has threads, which a fork would not survive.
 SPAWN = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 CTRL_A, CTRL_C, CTRL_D, UP = b"\x01", b"\x03", b"\x04", b"\x1b[A"
@@ -36,9 +38,9 @@ class Terminal:
         self.process.stdin.write(keys)
         self.process.stdin.flush()
 
-    def expect(self, pattern: str, seconds: float = 120) -> re.Match:
+    def expect(self, pattern: str) -> re.Match:
         """The first match in what was shown since the last one."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + DEADLINE
         while True:
             if match := re.compile(pattern).search(self.seen, self._begin):
                 self._begin = match.end()
@@ -50,4 +52,4 @@ class Terminal:
 
     def ended(self) -> int:
         """The exit status, once the program has ended by itself."""
-        return self.process.wait(60)
+        return self.process.wait(DEADLINE)

@@ -13,6 +13,7 @@ import mlx.core as mx
 import pytest
 from bridged import link_directory
 from converted import converted_directory
+from patience import DEADLINE
 from terminal import CTRL_A, CTRL_C, CTRL_D, UP, Terminal
 from test_generate import mimo
 
@@ -160,11 +161,16 @@ def test_ctrl_c_while_the_prompt_is_read_ends_the_answer_not_the_program(times, 
     assert len(session.conversation.messages) == 2
 
 
+MOST_TOKENS = 10**6  # hours
+
+
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """A directory whose model knows no end token."""
+    """A directory whose model knows no end token, and no end of its positions that a test would see."""
     directory = tmp_path_factory.mktemp("endless") / "model"
     link_directory(converted_directory(), directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**7}))
     for name in ("generation_config.json", "tokenizer_config.json"):
         (directory / name).unlink()
     fields = json.loads((converted_directory() / "tokenizer_config.json").read_text())
@@ -183,7 +189,7 @@ def chat_in_terminal(directory, folder, *flags) -> Terminal:
 
 
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_lines_are_edited_and_remembered(endless, tmp_path):
-    with chat_in_terminal(endless, tmp_path, "-m", "4000") as terminal:
+    with chat_in_terminal(endless, tmp_path, "-m", str(MOST_TOKENS)) as terminal:
         terminal.expect("/help lists the commands(.|\\s)*> ")
         terminal.type(b"hello\r")
         terminal.expect(r"hello\r\n(\x1b\[\?2004l\r)?\s*[^\x1b\s]")  # the answer, and no answer to the terminal
@@ -191,7 +197,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_lines_are_edited_and_remember
         terminal.expect(r"\[stopped\]")
         terminal.expect("> ")
         terminal.type(b"/stats\r")
-        assert int(terminal.expect(r"(\d+) tokens at")[1]) < 4000
+        assert int(terminal.expect(r"(\d+) tokens at")[1]) < MOST_TOKENS
         terminal.expect(" GB read\\s+.*> ")
         terminal.type(CTRL_C)
         terminal.expect("> ")
@@ -321,7 +327,7 @@ def test_a_last_line_that_goes_on_is_not_lost_and_bytes_that_are_no_text_are_tak
     file = tmp_path / "talk.json"
     command = [sys.executable, "-m", "mlx_mimo.chat", "--model", str(converted_directory()), "-m", "2", "--temp", "0"]
     lines = f"one \\\ntwo\nbyte \udcff\n/save {file}\n/stats\\".encode(errors="surrogateescape")
-    result = subprocess.run(command, input=lines, capture_output=True, env=own_state(tmp_path), timeout=300)
+    result = subprocess.run(command, input=lines, capture_output=True, env=own_state(tmp_path), timeout=DEADLINE)
     assert result.returncode == 0, result.stderr
     messages = json.loads(file.read_text())["messages"]
     assert [message["content"] for message in messages[::2]] == ["one \ntwo", "byte \ufffd"]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from converted import converted_directory, fp8_directory
+from patience import DEADLINE
 
 FIELDS = {
     "text",
@@ -41,7 +42,7 @@ def mimo(*arguments, stdin: str | None = None, command="generate"):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=DEADLINE,
     )
 
 
@@ -72,7 +73,7 @@ def test_a_budget_and_stdin_give_the_same_text():
 def test_bytes_that_are_no_text_are_taken(prompt, stdin):
     command = [sys.executable, "-m", "mlx_mimo.generate", "--model", str(converted_directory()), "--json"]
     command += ["-m", "2", "--temp", "0", "--prompt", os.fsdecode(prompt)]
-    result = subprocess.run(command, input=stdin, capture_output=True, timeout=300)
+    result = subprocess.run(command, input=stdin, capture_output=True, timeout=DEADLINE)
     assert result.returncode == 0, result.stderr
     plain = mimo("--model", converted_directory(), "--json", "-m", 2, "--temp", 0, "--prompt", "a \ufffd b")
     assert json.loads(result.stdout)["prompt_tokens"] == json.loads(plain.stdout)["prompt_tokens"]

@@ -16,6 +16,7 @@ from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
+from patience import DEADLINE
 from serving import running_server
 from test_generate import mimo
 
@@ -189,7 +190,7 @@ def test_mlx_lms_server_takes_an_adapter_through_the_bridge(trained, tmp_path):
     for name, flags in {"plain": (), "adapted": ("--adapter-path", str(trained[0]))}.items():
         with mlx_lm_server("bridged", tmp_path / name, *flags) as url:
             body = {"prompt": "the cat", "max_tokens": 8, "temperature": 0}
-            answer = requests.post(f"{url}/v1/completions", json=body, timeout=300)
+            answer = requests.post(f"{url}/v1/completions", json=body, timeout=DEADLINE)
             assert answer.status_code == 200, answer.text
             texts.append(answer.json()["choices"][0]["text"])
     assert texts[0] != texts[1]
@@ -211,7 +212,7 @@ def test_the_server_takes_an_adapter_with_residency_on(trained):
     for flags in ((), ("--adapter-path", str(trained[0]))):
         with running_server(converted_directory(), *flags) as server:
             url = f"{server.url}/v1/completions"
-            answer = requests.post(url, json={"prompt": "the cat", "max_tokens": 8, "temperature": 0}, timeout=120)
+            answer = requests.post(url, json={"prompt": "the cat", "max_tokens": 8, "temperature": 0}, timeout=DEADLINE)
             assert answer.status_code == 200, answer.text
             texts.append(answer.json()["choices"][0]["text"])
     assert texts[0] != texts[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import requests
 from bridged import KINDS, generated, mlx_lm, mlx_lm_server, succeeded
+from patience import DEADLINE
 
 EITHER = pytest.mark.parametrize("kind", KINDS)
 EXTRA = "the extra is missing: pip install 'mlx-mimo[evaluate]'"
@@ -84,7 +85,7 @@ def test_server(kind, tmp_path):
     def ask(text: str) -> dict:
         messages = [{"role": "user", "content": text}]
         body = {"messages": messages, "max_tokens": 5, "temperature": 0}
-        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=300)
+        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=DEADLINE)
         assert answer.status_code == 200, log.read_text()
         return answer.json()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from converted import converted_directory, fp8_directory
 from damage import copy, edit
+from patience import DEADLINE
 
 from mlx_mimo.convert import convert_checkpoint, journal, writer
 from mlx_mimo.errors import MimoError
@@ -51,7 +52,7 @@ def interrupted(monkeypatch, source: Path, target: Path, files: int = 3) -> None
 def test_killed_at_random_points_the_result_is_the_same(tmp_path, seed):
     script = Path(__file__).with_name("killed.py")
     arguments = [sys.executable, script, fp8_directory(), tmp_path, "6", str(seed)]
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=DEADLINE)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) >= 4
     for number in range(6):

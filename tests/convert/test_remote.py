@@ -8,6 +8,7 @@ import sys
 import hub
 import pytest
 from converted import converted_directory, fp8_directory
+from patience import DEADLINE
 
 from mlx_mimo.convert import convert_checkpoint, remote
 from mlx_mimo.convert.__main__ import main
@@ -42,7 +43,7 @@ def test_without_stream_the_whole_repository_is_fetched_first(served, tmp_path):
     """In a process of its own: the Hub's library reads its settings when it is imported."""
     settings = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "mlx_mimo.convert", "--hf-path", "test/mimo", "--mlx-path", str(tmp_path / "mlx")]
-    subprocess.run([*command, "--quiet"], check=True, env=os.environ | settings, timeout=300)
+    subprocess.run([*command, "--quiet"], check=True, env=os.environ | settings, timeout=DEADLINE)
     same_weights(tmp_path / "mlx")
     fields = json.loads((tmp_path / "mlx" / "mlx_mimo.json").read_text())
     assert fields["source"] == {"repo": "test/mimo", "revision": hub.COMMIT}

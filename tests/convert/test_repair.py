@@ -20,7 +20,7 @@ from mlx_mimo.errors import MimoError
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("chain") / "fp8"
-    checkpoints.write_checkpoint(path, checkpoints.tiny_config(hidden_size=256, num_key_value_heads=4), seed=5)
+    checkpoints.write_checkpoint(path, checkpoints.tiny_config(hidden_size=256, num_key_value_heads=4), seed=13)
     return path
 
 

@@ -7,6 +7,7 @@ from contextlib import closing
 import mlx.core as mx
 import numpy as np
 import pytest
+from patience import DEADLINE
 from pool_cases import assert_consistent, need, serve
 from tiny_experts import EXPERTS, random_experts, write_expert_file
 
@@ -206,7 +207,7 @@ def test_a_guess_that_cannot_be_read_is_no_error_until_it_is_needed(make, disk):
 def test_a_call_waits_for_no_guess_but_its_own(make, disk):
     pool, gate = make(8), threading.Event()
     serve(pool, need(1, 0))
-    disk.fault = lambda n: gate.wait(10) and None
+    disk.fault = lambda n: gate.wait(DEADLINE) and None
     pool.guess(2, np.array([4, 5]))
     serve(pool, need(1, 0))  # a hit, while both guesses wait for the disk
     assert not pool.reader.idle

@@ -6,10 +6,12 @@ import time
 
 import numpy as np
 import pytest
+from patience import DEADLINE, Clock, wait_until
 from tiny_experts import random_experts, write_expert_file
 
 from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.errors import MimoError
+from mlx_mimo.experts import reader as reader_module
 from mlx_mimo.experts.reader import MEMORY, ExpertReader
 
 
@@ -173,16 +175,14 @@ def test_submit_does_not_wait_and_no_more_than_the_threads_run(files, monkeypatc
     def slow(fd, views, offset):
         running.append(1)
         most.append(len(running))
-        gate.wait(10)
+        gate.wait(DEADLINE)
         running.pop()
         return os.preadv(fd, views, offset)
 
     reader = ExpertReader(files, threads=3, preadv=slow)
     requests, targets = everything(files)
     batch = reader.submit(requests)
-    deadline = time.monotonic() + 10
-    while len(most) < 3 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    assert wait_until(lambda: len(most) >= 3)
     assert not batch.done
     assert not reader.idle
     gate.set()
@@ -193,10 +193,13 @@ def test_submit_does_not_wait_and_no_more_than_the_threads_run(files, monkeypatc
 
 
 def test_it_knows_whether_its_reads_wait_for_the_disk(files, monkeypatch):
+    clock = Clock()
+
     def slow(fd, views, offset):
-        time.sleep(0.03)
+        clock.sleep(0.03)
         return os.preadv(fd, views, offset)
 
+    monkeypatch.setattr(reader_module, "time", clock)
     reader = ExpertReader(files, threads=3, preadv=slow)
     requests, _ = everything(files)
     reader.read(requests)  # inline: the caller cannot do anything else
@@ -205,10 +208,10 @@ def test_it_knows_whether_its_reads_wait_for_the_disk(files, monkeypatch):
     for _ in range(12):
         reader.read(requests[:2])
     waiting = reader.waiting
-    assert 0.6 < waiting <= 1
+    assert waiting == pytest.approx(1 - (1 - MEMORY) ** 12)
     monkeypatch.undo()
     reader.read(requests[:2])
-    assert reader.waiting < waiting
+    assert reader.waiting == waiting * (1 - MEMORY)
     reader.close()
 
 

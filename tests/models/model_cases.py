@@ -49,10 +49,10 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("short_window", 2, {}),
+        Case("short_window", 1, {}),
         Case(
             "released_window",
-            1,
+            27,
             {
                 "sliding_window": 128,
                 "sliding_window_size": 128,
@@ -66,7 +66,7 @@ CASES = {
         ),
         Case(
             "sliding_first",
-            1,
+            2,
             {
                 "sliding_window": 33,
                 "sliding_window_size": 33,

@@ -10,9 +10,11 @@ import openai
 import pytest
 import requests
 from checkpoints import tiny_config, write_checkpoint
+from patience import DEADLINE
 from serving import Process, running_server
 
 from mlx_mimo.convert import convert_checkpoint
+from mlx_mimo.server import connection
 from mlx_mimo.server import worker as worker_module
 from mlx_mimo.server.running import Running
 
@@ -29,6 +31,15 @@ def model_directory(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patient_servers() -> Iterator[None]:
+    """They wait for a client as long as it waits for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "HEAD_SECONDS", DEADLINE)
+        patch.setattr(connection, "WRITE_SECONDS", DEADLINE)
+        yield
+
+
 @pytest.fixture(scope="session")
 def server(model_directory) -> Iterator[Running]:
     """Experts streamed: one request at a time."""
@@ -38,7 +49,7 @@ def server(model_directory) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def client(server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=DEADLINE)
 
 
 @dataclass
@@ -85,4 +96,4 @@ def worker_lives(server):
     """Whatever was refused, the server goes on."""
     yield
     assert server.worker.is_healthy
-    assert requests.get(f"{server.url}/health", timeout=20).json() == {"status": "ok"}
+    assert requests.get(f"{server.url}/health", timeout=DEADLINE).json() == {"status": "ok"}

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import requests
+from patience import DEADLINE
 from refusing import CHAT, GOOD, post, refused
 
 from mlx_mimo.errors import UsageError
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("worker_lives")
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8080", "192.168.0.7", "[::1"])
 def test_another_name_for_this_machine_is_refused(server, host):
-    response = requests.get(f"{server.url}/v1/models", headers={"Host": host}, timeout=20)
+    response = requests.get(f"{server.url}/v1/models", headers={"Host": host}, timeout=DEADLINE)
     assert response.status_code in (400, 403)
     assert response.json()["error"]["message"].startswith("Host")
 
@@ -26,7 +27,7 @@ def test_pages_of_other_sites_are_refused_and_get_no_cors_header(server):
         response = post(server, GOOD, Origin=origin)
         refused(response, 403)
         assert "Access-Control-Allow-Origin" not in response.headers
-        assert requests.options(server.url + CHAT, headers={"Origin": origin}, timeout=20).status_code == 403
+        assert requests.options(server.url + CHAT, headers={"Origin": origin}, timeout=DEADLINE).status_code == 403
     assert "Access-Control-Allow-Origin" not in post(server, GOOD).headers
 
 
@@ -50,7 +51,7 @@ def test_an_allowed_page_may_ask_over_http(server, monkeypatch, written):
     mine = "https://mine.example"
     asked = "authorization,anthropic-version,content-type,x-stainless-os"
     flight = {"Origin": mine, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
-    answer = requests.options(server.url + CHAT, headers=flight, timeout=20)
+    answer = requests.options(server.url + CHAT, headers=flight, timeout=DEADLINE)
     assert answer.status_code == 204
     assert answer.headers["Access-Control-Allow-Origin"] == mine
     assert answer.headers["Access-Control-Allow-Headers"] == asked
@@ -64,17 +65,19 @@ def test_an_allowed_page_may_ask_over_http(server, monkeypatch, written):
         "https://me@mine.example",
         "https://mine.example/x",
     ):
-        answer = requests.options(server.url + CHAT, headers=flight | {"Origin": other}, timeout=20)
+        answer = requests.options(server.url + CHAT, headers=flight | {"Origin": other}, timeout=DEADLINE)
         assert answer.status_code == 403
         assert "Access-Control-Allow-Origin" not in answer.headers
-    odd = requests.options(server.url + CHAT, headers=flight | {"Access-Control-Request-Headers": "a: b"}, timeout=20)
+    odd = requests.options(
+        server.url + CHAT, headers=flight | {"Access-Control-Request-Headers": "a: b"}, timeout=DEADLINE
+    )
     assert odd.headers["Access-Control-Allow-Headers"] == "Authorization, Content-Type, x-api-key"
 
 
 @pytest.mark.parametrize("written", ["mine.example", "MINE.example:8080"])
 def test_an_allowed_host_is_one_of_the_servers_names(server, monkeypatch, written):
     def ask(host: str) -> int:
-        return requests.get(f"{server.url}/v1/models", headers={"Host": host}, timeout=20).status_code
+        return requests.get(f"{server.url}/v1/models", headers={"Host": host}, timeout=DEADLINE).status_code
 
     assert ask("mine.example") == 403
     args = build_parser().parse_args(["--allowed-hosts", f"other.example, {written}"])
@@ -116,9 +119,9 @@ def test_the_key_is_asked_for_everywhere_but_on_health(server, monkeypatch):
     allow(server, monkeypatch, api_key="sésame")
     refused(post(server, GOOD), 401)
     refused(post(server, GOOD, Authorization="Bearer wrong"), 401)
-    refused(requests.get(f"{server.url}/metrics", timeout=20), 401)
-    refused(requests.get(f"{server.url}/v1/models", timeout=20), 401)
-    assert requests.get(f"{server.url}/health", timeout=20).status_code == 200
+    refused(requests.get(f"{server.url}/metrics", timeout=DEADLINE), 401)
+    refused(requests.get(f"{server.url}/v1/models", timeout=DEADLINE), 401)
+    assert requests.get(f"{server.url}/health", timeout=DEADLINE).status_code == 200
     key = "sésame".encode()
     assert post(server, GOOD, Authorization=b"Bearer " + key).status_code == 401  # read as Latin-1: keys are ASCII
     allow(server, monkeypatch, api_key="sesame")

@@ -3,6 +3,7 @@
 import anthropic
 import pytest
 import requests
+from patience import DEADLINE
 
 USER = [{"role": "user", "content": "hello"}]
 TOOL = {
@@ -18,7 +19,7 @@ CALL = (
 
 @pytest.fixture(scope="module")
 def claude(server) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60)
+    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=DEADLINE)
 
 
 def create(claude, messages=USER, **options):
@@ -167,7 +168,7 @@ def results(**block) -> dict:
 )
 def test_what_cannot_be_honoured_is_named_as_the_client_calls_it(server, fields, named):
     body = {"max_tokens": 5, "messages": USER, "system": "be polite"} | fields
-    answer = requests.post(f"{server.url}/v1/messages", json=body, timeout=20)
+    answer = requests.post(f"{server.url}/v1/messages", json=body, timeout=DEADLINE)
     assert answer.status_code == 400, answer.text
     assert f"{named}: " in answer.json()["error"]["message"]
 
@@ -181,6 +182,6 @@ def test_errors_have_anthropics_form(server, claude):
     with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\].content\[0\]"):
         create(claude, [{"role": "user", "content": [image]}])
     for body in (b"{", b"[]", b'{"messages": []}', b'{"max_tokens": 5, "messages": [5]}'):
-        answer = requests.post(f"{server.url}/v1/messages", data=body, timeout=20)
+        answer = requests.post(f"{server.url}/v1/messages", data=body, timeout=DEADLINE)
         assert answer.status_code == 400
         assert answer.json()["error"]["type"] == "invalid_request_error"

@@ -8,9 +8,8 @@ import threading
 
 import pytest
 import requests
+from patience import DEADLINE, wait_until
 from refusing import GOOD, post, refused, wait_for_an_empty_house
-
-from mlx_mimo.server.worker import wait_until
 
 pytestmark = pytest.mark.usefixtures("worker_lives")
 
@@ -27,7 +26,7 @@ def test_one_connection_too_many_is_told_so(server, monkeypatch):
     full = threading.BoundedSemaphore(1)
     full.acquire()
     monkeypatch.setattr(server.httpd, "_room", full)
-    response = requests.get(f"{server.url}/health", timeout=20)
+    response = requests.get(f"{server.url}/health", timeout=DEADLINE)
     refused(response, 503)
     assert response.headers["Retry-After"] == "5"
 
@@ -41,9 +40,9 @@ def test_a_thread_that_cannot_start_takes_no_room(server, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", none_left)
         with pytest.raises(requests.RequestException):
-            requests.get(f"{server.url}/health", timeout=20)
+            requests.get(f"{server.url}/health", timeout=DEADLINE)
     wait_for_an_empty_house(server)
-    assert requests.get(f"{server.url}/health", timeout=20).status_code == 200
+    assert requests.get(f"{server.url}/health", timeout=DEADLINE).status_code == 200
 
 
 def test_more_files_than_select_can_watch(server):
@@ -68,7 +67,7 @@ def test_a_queue_that_is_full_says_when_to_come_back(server, monkeypatch):
     answer = server.worker._answer
 
     def held(*args) -> None:
-        assert go_on.wait(60)
+        assert go_on.wait(DEADLINE)
         answer(*args)
 
     monkeypatch.setattr(server.worker, "max_queue", 1)
@@ -78,7 +77,7 @@ def test_a_queue_that_is_full_says_when_to_come_back(server, monkeypatch):
             accepted = []
             for count in (1, 2):
                 accepted.append(pool.submit(post, server, GOOD))
-                assert wait_until(lambda count=count: server.worker.outstanding == count, 60)
+                assert wait_until(lambda count=count: server.worker.outstanding == count)
             for _ in range(5):
                 full = post(server, GOOD)
                 refused(full, 503)

@@ -7,11 +7,11 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from patience import DEADLINE
 from serving import Process
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -35,7 +35,7 @@ def example(name: str, *arguments, **environment) -> subprocess.CompletedProcess
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=4 * DEADLINE,
     )
 
 
@@ -54,7 +54,9 @@ def test_the_model_is_offered_a_function(demo):
 
 @pytest.mark.long
 def test_a_short_soak_is_stood(demo):
-    result = example("measure/server_soak", "--url", demo[0], "--pid", demo[1].pid, "--minutes", 0.2, "--deadline", 60)
+    result = example(
+        "measure/server_soak", "--url", demo[0], "--pid", demo[1].pid, "--minutes", 0.2, "--deadline", DEADLINE
+    )
     report = json.loads(result.stdout)
     assert result.returncode == 0, report
     assert (report["failures"], report["hung"], report["healthy"]) == ({}, 0, True)
@@ -83,16 +85,16 @@ class Broken(BaseHTTPRequestHandler):
 
 
 BEHAVIOUR = {
-    "refuses good requests": (lambda handler: handler.answer(400), "whole → 400"),
-    "answers another form": (lambda handler: handler.answer(200), "several → KeyError"),
-    "hangs": (lambda handler: time.sleep(2), "whole → ReadTimeout"),
-    "hangs up": (lambda handler: handler.connection.close(), "whole → ConnectionError"),
+    "refuses good requests": (lambda handler: handler.answer(400), DEADLINE, "whole → 400"),
+    "answers another form": (lambda handler: handler.answer(200), DEADLINE, "several → KeyError"),
+    "hangs": (lambda handler: handler.server.over.wait(), 0.5, "whole → ReadTimeout"),
+    "hangs up": (lambda handler: handler.connection.close(), DEADLINE, "whole → ConnectionError"),
 }
 
 
 @pytest.mark.parametrize("name", BEHAVIOUR)
 def test_a_soak_tells_what_a_server_did_wrong(monkeypatch, capsys, name):
-    behave, expected = BEHAVIOUR[name]
+    behave, deadline, expected = BEHAVIOUR[name]
     spec = importlib.util.spec_from_file_location("soak", EXAMPLES / "measure" / "server_soak.py")
     soak = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "soak", soak)
@@ -100,14 +102,15 @@ def test_a_soak_tells_what_a_server_did_wrong(monkeypatch, capsys, name):
     kept = (soak.whole, soak.several, soak.saves)
     monkeypatch.setattr(soak, "ACTIONS", {action: soak.ACTIONS[action] for action in kept})
     server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
-    server.behave = behave
+    server.behave, server.over = behave, threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    arguments = ["--url", url, "--pid", os.getpid(), "--minutes", 0.02, "--deadline", 0.5, "--clients", 8]
+    arguments = ["--url", url, "--pid", os.getpid(), "--minutes", 0.02, "--deadline", deadline, "--clients", 8]
     monkeypatch.setattr(sys, "argv", ["server_soak.py", *map(str, arguments)])
     try:
         assert soak.main() == 1
     finally:
+        server.over.set()
         server.shutdown()
         server.server_close()
     failures = json.loads(capsys.readouterr().out)["failures"]

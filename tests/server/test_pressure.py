@@ -1,9 +1,8 @@
 """Experts give memory back where less than the floor is free, and take it again; answers stay what they were."""
 
-import time
-
 import pytest
 import requests
+from patience import DEADLINE, wait_until
 from serving import running_server
 
 from mlx_mimo.server import pressure
@@ -42,10 +41,7 @@ def test_growing_leaves_room_for_the_copy_that_moving_takes():
 
 def settled(residency, slots) -> bool:
     """Whether a server with nothing to do comes to this many slots."""
-    until = time.monotonic() + 10
-    while residency.counters.slots != slots and time.monotonic() < until:
-        time.sleep(0.02)
-    return residency.counters.slots == slots
+    return wait_until(lambda: residency.counters.slots == slots)
 
 
 def test_a_server_yields_and_takes_again_between_requests_and_within_one(model_directory, monkeypatch):
@@ -56,7 +52,7 @@ def test_a_server_yields_and_takes_again_between_requests_and_within_one(model_d
         assert not residency.all_resident
 
         def answer():
-            reply = requests.post(running.url + "/v1/chat/completions", json=CHAT, timeout=60)
+            reply = requests.post(running.url + "/v1/chat/completions", json=CHAT, timeout=DEADLINE)
             assert reply.status_code == 200
             return reply.json()["choices"][0]["message"]["content"]
 
@@ -97,7 +93,7 @@ def test_the_watch_runs_by_itself_and_a_floor_of_0_ends_it(model_directory, monk
         assert settled(residency, residency.demand_slots)
     with running_server(model_directory, "--expert-memory", "250KB", "--memory-floor", "0") as running:
         residency = running.worker.model_provider.residency
-        time.sleep(0.3)
+        assert not running._pressure._thread.is_alive()
         assert residency.counters.slots > residency.demand_slots
 
 

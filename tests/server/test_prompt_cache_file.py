@@ -8,6 +8,7 @@ import stat
 import pytest
 import requests
 from cached import PAST, computed, continues, tiny_model
+from patience import DEADLINE
 from safetensors.numpy import save_file
 from serving import running_server
 
@@ -179,7 +180,7 @@ def test_the_fingerprint_is_the_models(model_directory, tmp_path):
 
 def ask(server, messages: list[dict], **options) -> dict:
     body = {"messages": messages, "max_tokens": 20, "temperature": 0} | options
-    return requests.post(server.url + CHAT, json=body, timeout=60).json()
+    return requests.post(server.url + CHAT, json=body, timeout=DEADLINE).json()
 
 
 @pytest.mark.parametrize("memory", ["120KB", "all"])
@@ -189,7 +190,7 @@ def test_it_is_saved_on_request_and_the_next_server_begins_with_it(model_directo
     messages = [{"role": "user", "content": LONG}]
     with running_server(model_directory, *flags) as server:
         first = ask(server, messages)
-        saved = requests.post(f"{server.url}/prompt-cache/save", timeout=60)
+        saved = requests.post(f"{server.url}/prompt-cache/save", timeout=DEADLINE)
         assert saved.status_code == 200
         assert saved.json()["bytes"] == path.stat().st_size
         assert saved.json()["entries"] == len(server.worker.prompt_cache) > 0
@@ -206,16 +207,18 @@ def test_saving_wants_the_key_and_the_right_page(model_directory, tmp_path):
     with running_server(model_directory, "--prompt-cache-file", str(path), "--api-key", "k") as server:
         save = f"{server.url}/prompt-cache/save"
         key = {"Authorization": "Bearer k"}
-        assert requests.post(save, timeout=20).status_code == 401
-        assert requests.post(save, headers=key | {"Origin": "https://evil.example"}, timeout=20).status_code == 403
-        assert requests.get(save, headers=key, timeout=20).status_code == 404
+        assert requests.post(save, timeout=DEADLINE).status_code == 401
+        assert (
+            requests.post(save, headers=key | {"Origin": "https://evil.example"}, timeout=DEADLINE).status_code == 403
+        )
+        assert requests.get(save, headers=key, timeout=DEADLINE).status_code == 404
         assert not path.exists()
-        assert requests.post(save, headers=key, timeout=20).json()["entries"] == 0
+        assert requests.post(save, headers=key, timeout=DEADLINE).json()["entries"] == 0
         assert path.exists()
 
 
 def test_there_is_nothing_to_save_to_without_the_flag(server):
-    refused = requests.post(f"{server.url}/prompt-cache/save", timeout=20)
+    refused = requests.post(f"{server.url}/prompt-cache/save", timeout=DEADLINE)
     assert refused.status_code == 404
     assert "--prompt-cache-file" in refused.json()["error"]["message"]
 
@@ -227,7 +230,7 @@ def test_a_disk_that_is_full_is_an_answer(model_directory, tmp_path, monkeypatch
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("os.replace", full)
-        failed = requests.post(f"{server.url}/prompt-cache/save", timeout=20)
+        failed = requests.post(f"{server.url}/prompt-cache/save", timeout=DEADLINE)
         assert failed.status_code == 500
         assert "No space left" in failed.json()["error"]["message"]
         assert ask(server, [{"role": "user", "content": "hi"}])["usage"]["completion_tokens"] == 20

@@ -5,10 +5,10 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+from patience import DEADLINE, wait_until
 from refusing import CHAT, GOOD, post, raw, refused, wait_for_an_empty_house
 
 from mlx_mimo.server import connection as connection_module
-from mlx_mimo.server.worker import wait_until
 
 pytestmark = pytest.mark.usefixtures("worker_lives")
 
@@ -71,8 +71,10 @@ def test_broken_and_endless_heads(server):
     assert raw(server, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n" + many + b"\r\n")[0] == 431
 
 
-def test_an_answer_reaches_a_client_that_is_still_sending(server):
+def test_an_answer_reaches_a_client_that_is_still_sending(server, monkeypatch):
     """The head is refused when its first 64 KiB have come; closing upon the rest would reset the connection."""
+    monkeypatch.setattr(connection_module, "LINGER_SECONDS", DEADLINE)
+    monkeypatch.setattr(connection_module, "MOST_LINGER_SECONDS", DEADLINE)
     head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: "
     for size in (70_000, 300_000, 3_000_000, 3_000_000, 12_000_000):
         assert raw(server, head + b"x" * size + b"\r\n\r\n")[0] == 431
@@ -87,7 +89,7 @@ def test_a_client_that_never_hangs_up_is_let_go(server, monkeypatch, goes_on):
     monkeypatch.setattr(connection_module, "MOST_LINGER_SECONDS", 0.6)
     wait_for_an_empty_house(server)
     parts = urlsplit(server.url)
-    with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
+    with socket.create_connection((parts.hostname, parts.port), timeout=DEADLINE) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer = b""
         while piece := connection.recv(65536):  # the server has nothing more to say, and waits for our end
@@ -102,10 +104,10 @@ def test_a_client_that_never_hangs_up_is_let_go(server, monkeypatch, goes_on):
                     return True  # closed there
             return server.httpd._room._value == server.httpd.most_connections
 
-        assert wait_until(let_go, 60)
+        assert wait_until(let_go)
 
 
 def test_unknown_paths(server):
-    assert refused(requests.get(f"{server.url}/etc/passwd", timeout=20), 404)
+    assert refused(requests.get(f"{server.url}/etc/passwd", timeout=DEADLINE), 404)
     assert refused(post(server, GOOD, "/v1/embeddings"), 404)
-    assert refused(requests.get(f"{server.url}{CHAT}", timeout=20), 404)
+    assert refused(requests.get(f"{server.url}{CHAT}", timeout=DEADLINE), 404)

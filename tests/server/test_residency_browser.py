@@ -6,6 +6,7 @@ import json
 import pytest
 import requests
 from browser import Page, find_browser, open_browser
+from patience import DEADLINE
 from serving import running_server
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(find_browser() is None, reason="no Chromium here")]
@@ -25,7 +26,7 @@ def page(browser, server) -> Page:
     browser.size(1000, 900)
     browser.scheme("light")
     browser.log.clear()
-    requests.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=60)
+    requests.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=DEADLINE)
     browser.open(f"{server.url}/residency")
     browser.wait_for("document.readyState == 'complete' && document.getElementById('tokens').textContent != '–'")
     yield browser
@@ -38,7 +39,7 @@ def shown(page: Page, name: str) -> str:
 
 
 def snapshot(server) -> dict:
-    with requests.get(f"{server.url}/residency/events", stream=True, timeout=20) as events:
+    with requests.get(f"{server.url}/residency/events", stream=True, timeout=DEADLINE) as events:
         return json.loads(next(line for line in events.iter_lines() if line.startswith(b"data: "))[6:])
 
 
@@ -51,10 +52,10 @@ def test_the_figures_are_the_servers_and_live(page, server):
     assert shown(page, "memory").endswith("kB")
     before = int(shown(page, "sum").replace(",", ""))
     assert before == state["tokens"]
-    requests.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=60)
+    requests.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=DEADLINE)
     page.wait_for(f"document.getElementById('sum').textContent.replace(/\\D/g, '') == {before + 6}")
     for _ in range(100):
-        requests.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=60)
+        requests.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=DEADLINE)
         if shown(page, "now").endswith("%"):
             break
     assert shown(page, "now").endswith("%")

@@ -6,6 +6,7 @@ import anthropic
 import openai
 import pytest
 from llguidance import LLMatcher
+from patience import DEADLINE
 
 from mlx_mimo.checkpoint.directory import Directory, read_config
 from mlx_mimo.runtime.load import load_tokenizer
@@ -229,7 +230,7 @@ def test_words_after_a_call_keep_their_spaces(client, script):
 
 @pytest.fixture(scope="module")
 def claude(server) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60)
+    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=DEADLINE)
 
 
 LAMP_TOOL = {"name": "lamp", "description": "sets a lamp", "input_schema": LAMP}

@@ -4,74 +4,89 @@ import concurrent.futures
 import json
 import socket
 import threading
-import time
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import openai
 import pytest
 import requests
+from patience import DEADLINE, wait_until
 from serving import running_server
 
 from mlx_mimo.models.mimo_v2_flash import Model
-from mlx_mimo.server.worker import wait_until
 
 BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
 CHAT = "/v1/chat/completions"
 
 
+class Gate:
+    """The model's calls pass it, and wait while it is closed."""
+
+    def __init__(self):
+        self.passed = 0
+        self._open = threading.Event()
+        self.open, self.close = self._open.set, self._open.clear
+        self.open()
+
+    def wait(self) -> None:
+        assert self._open.wait(DEADLINE)
+        self.passed += 1
+
+
 def post(server, **options) -> requests.Response:
-    return requests.post(server.url + CHAT, json=BODY | options, timeout=60)
+    return requests.post(server.url + CHAT, json=BODY | options, timeout=DEADLINE)
 
 
 def begin(server, padding: str = "", **options) -> socket.socket:
     """A request that was sent and not answered."""
     parts = urlsplit(server.url)
     body = json.dumps(BODY | options | {"user": padding}).encode()
-    connection = socket.create_connection((parts.hostname, parts.port), timeout=60)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=DEADLINE)
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection
 
 
-def leave(server, **options) -> None:
-    """Begins a request and hangs up once it runs."""
+def leave(server, gate: Gate, **options) -> None:
+    """Begins a request and hangs up amid a step, which ends no sooner than that is known."""
     before = server.site.metrics.tokens._value.get()
     with begin(server, **options):
-        assert wait_until(lambda: server.site.metrics.tokens._value.get() > before, 30)
+        assert wait_until(lambda: server.site.metrics.tokens._value.get() > before)
+        gate.close()
+    assert wait_until(lambda: server.worker.outstanding == 0)
 
 
 def figures(server) -> dict[str, float]:
     """What /metrics says."""
-    text = requests.get(f"{server.url}/metrics", timeout=20).text
+    text = requests.get(f"{server.url}/metrics", timeout=DEADLINE).text
     return {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
 
 
 @pytest.fixture
-def steps(monkeypatch) -> list[float]:
-    """When the model was called: slowly, so that one step is longer than it takes to notice anything."""
-    times = []
-    call = Model.__call__
+def gate(monkeypatch) -> Iterator[Gate]:
+    gate, call = Gate(), Model.__call__
 
-    def slowly(*args, **options):
-        times.append(time.monotonic())
-        time.sleep(0.05)
+    def held(*args, **options):
+        gate.wait()
         return call(*args, **options)
 
-    monkeypatch.setattr(Model, "__call__", slowly)
-    return times
+    monkeypatch.setattr(Model, "__call__", held)
+    yield gate
+    gate.open()
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_client_that_leaves_stops_its_generation_within_a_step(request, monkeypatch, steps, stream, batched):
+def test_a_client_that_leaves_stops_its_generation_within_a_step(request, monkeypatch, gate, stream, batched):
     server = request.getfixturevalue("resident" if batched else "server")
-    monkeypatch.setattr(server.worker._time_budget, "_budget", 5.0)  # for so long a batch would go on as it is
-    leave(server, max_tokens=3000, stream=stream, logit_bias={"258": -100, "256": -100})
-    before = len(steps)
-    assert wait_until(lambda: server.worker.outstanding == 0, 5)
-    time.sleep(0.5)
+    monkeypatch.setattr(server.worker._time_budget, "_budget", DEADLINE)  # for so long a batch would go on as it is
+    leave(server, gate, max_tokens=3000, stream=stream, logit_bias={"258": -100, "256": -100})
+    before = gate.passed
+    gate.open()
+    server.worker.ask(lambda: None).result(DEADLINE)  # it has come to the end of what it did
     # The step that runs, the one that was begun ahead, and the one whose token finds nobody.
-    assert len(steps) - before <= 3, "it went on for nobody"
+    assert gate.passed - before <= 3, "it went on for nobody"
+    assert server.worker.running_kv_bytes == 0
     assert post(server).json()["usage"]["completion_tokens"] == 4
 
 
@@ -80,28 +95,28 @@ def test_requests_whose_clients_leave_while_they_wait_are_forgotten(server, monk
     answer = server.worker._answer
 
     def held(*args) -> None:
-        assert go_on.wait(60)
+        assert go_on.wait(DEADLINE)
         answer(*args)
 
     monkeypatch.setattr(server.worker, "_answer", held)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
             first = pool.submit(post, server)
-            assert wait_until(lambda: server.worker.outstanding == 1 and server.worker.queued == 0, 60)
+            assert wait_until(lambda: server.worker.outstanding == 1 and server.worker.queued == 0)
             leavers = [begin(server, padding="x" * 1000) for _ in range(5)]
-            assert wait_until(lambda: server.worker.queued == 5, 60)
+            assert wait_until(lambda: server.worker.queued == 5)
             shown = figures(server)
             assert (shown["mlx_mimo_running"], shown["mlx_mimo_queue"]) == (1, 5)
             for leaver in leavers:
                 leaver.close()
-            assert wait_until(lambda: server.worker.outstanding == 1, 60)
+            assert wait_until(lambda: server.worker.outstanding == 1)
             shown = figures(server)
             assert (shown["mlx_mimo_running"], shown["mlx_mimo_queue"]) == (1, 0)
             assert len(server.worker._replies) == 1
         finally:
             go_on.set()
         assert first.result().status_code == 200
-    assert wait_until(lambda: figures(server)["mlx_mimo_running"] == 0, 60)
+    assert wait_until(lambda: figures(server)["mlx_mimo_running"] == 0)
 
 
 @pytest.mark.parametrize("more", [b"", b"x"])
@@ -109,10 +124,10 @@ def test_a_byte_too_many_hides_no_hang_up(server, more):
     """The client is gone before anything was answered, whatever it left behind unread."""
     before = server.site.metrics.disconnects._value.get()
     connection = begin(server, max_tokens=3000, stream=False, logit_bias={"258": -100, "256": -100})
-    assert wait_until(lambda: server.worker.outstanding == 1, 60)
+    assert wait_until(lambda: server.worker.outstanding == 1)
     connection.sendall(more)
     connection.close()
-    assert wait_until(lambda: server.site.metrics.disconnects._value.get() == before + 1, 10)
+    assert wait_until(lambda: server.site.metrics.disconnects._value.get() == before + 1)
 
 
 def test_a_stream_that_cannot_begin_leaves_nothing_behind(server, monkeypatch):
@@ -122,7 +137,7 @@ def test_a_stream_that_cannot_begin_leaves_nothing_behind(server, monkeypatch):
     monkeypatch.setattr(server.handler, "begin_stream", gone)
     with pytest.raises(requests.RequestException):
         post(server, stream=True, max_tokens=3000)
-    assert wait_until(lambda: server.worker.outstanding == 0, 10)
+    assert wait_until(lambda: server.worker.outstanding == 0)
     assert server.worker._replies == set()
 
 
@@ -172,14 +187,16 @@ def test_metrics_count_what_happened(server):
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_caches_of_running_requests_are_counted(request, steps, batched):
+def test_caches_of_running_requests_are_counted(request, gate, batched):
     server = request.getfixturevalue("resident" if batched else "server")
-    server.worker.ask(server.worker.prompt_cache.clear).result(60)
+    server.worker.ask(server.worker.prompt_cache.clear).result(DEADLINE)
     assert figures(server)["mlx_mimo_kv_bytes"] == 0
     with begin(server, max_tokens=3000, logit_bias={"258": -100, "256": -100}):
-        assert wait_until(lambda: server.worker.running_kv_bytes > 0, 60)
+        assert wait_until(lambda: server.worker.running_kv_bytes > 0)
+        gate.close()
         assert figures(server)["mlx_mimo_kv_bytes"] > 0
-    assert wait_until(lambda: server.worker.running_kv_bytes == 0, 60)
+    gate.open()
+    assert wait_until(lambda: server.worker.running_kv_bytes == 0)
 
 
 def test_health_is_503_once_the_generation_thread_is_dead(model_directory, monkeypatch):
@@ -188,11 +205,11 @@ def test_health_is_503_once_the_generation_thread_is_dead(model_directory, monke
 
     monkeypatch.setattr(threading, "excepthook", lambda *_: None)
     with running_server(model_directory) as server:
-        assert requests.get(f"{server.url}/health", timeout=20).status_code == 200
+        assert requests.get(f"{server.url}/health", timeout=DEADLINE).status_code == 200
         monkeypatch.setattr(server.worker, "_answer", dies)
         refused = post(server)
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
-        assert requests.get(f"{server.url}/health", timeout=20).status_code == 503
+        assert requests.get(f"{server.url}/health", timeout=DEADLINE).status_code == 503
         assert post(server).status_code == 503
 
 
@@ -220,17 +237,18 @@ def test_the_longest_prompt_is_what_the_flag_says(model_directory):
 def test_health_is_503_while_the_model_loads(model_directory, monkeypatch):
     from mlx_mimo.server import provider
 
-    def slowly(*args, **options):
-        time.sleep(1)
+    def held(*args, **options):
+        assert go_on.wait(DEADLINE)
         return load(*args, **options)
 
-    load = provider.load
-    monkeypatch.setattr(provider, "load", slowly)
+    load, go_on = provider.load, threading.Event()
+    monkeypatch.setattr(provider, "load", held)
     with running_server(model_directory, wait=False) as server:
-        assert requests.get(f"{server.url}/health", timeout=20).status_code == 503
+        assert requests.get(f"{server.url}/health", timeout=DEADLINE).status_code == 503
         refused = post(server)
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
-        assert wait_until(lambda: requests.get(f"{server.url}/health", timeout=20).status_code == 200, 30)
+        go_on.set()
+        assert wait_until(lambda: requests.get(f"{server.url}/health", timeout=DEADLINE).status_code == 200)
         assert post(server).status_code == 200
 
 
@@ -266,7 +284,8 @@ def test_requests_that_come_together_are_computed_together(resident, monkeypatch
 
     def seen(self, inputs, *rest, **options):
         batches.append(inputs.shape[0])
-        time.sleep(0.05)  # long enough for the others to come
+        resident.worker._time_budget.over = True  # after this step it looks around
+        assert len(batches) > 1 or wait_until(lambda: len(resident.worker._replies) == 3), "the others do not come"
         return call(self, inputs, *rest, **options)
 
     monkeypatch.setattr(Model, "__call__", seen)
