@@ -12,7 +12,7 @@ from statistics import median
 
 import mlx.core as mx
 
-from ..runtime.stream import generate_step, prefill, prefill_chunk
+from ..runtime.steps import prefill, prefill_chunk, steps
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,9 @@ def run_case(model, case: Case, tokens: Sequence[int]) -> Sample:
     with Waiting(residency.reader if residency else None) as waiting:
         counters = [_counters(residency, waiting)]
         began = time.perf_counter()
-        steps = generate_step(
-            mx.array(prompt),
-            model,
-            max_tokens=case.generation_tokens,
-            sampler=forced(following),
-            prompt_cache=cache,
-        )
+        answer = steps(model, mx.array(prompt), cache, max_tokens=case.generation_tokens, sampler=forced(following))
         first = 0.0
-        for _ in steps:
+        for _ in answer:
             if not first:
                 first = time.perf_counter()
                 counters.append(_counters(residency, waiting))

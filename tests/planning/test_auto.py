@@ -21,7 +21,7 @@ from mlx_mimo.planning import machine
 from mlx_mimo.planning.budget import CHUNK, item_bytes, measure
 from mlx_mimo.planning.machine import this_machine
 from mlx_mimo.planning.memory import available_memory
-from mlx_mimo.runtime.stream import generate_step
+from mlx_mimo.runtime.steps import steps
 from mlx_mimo.units import format_size
 
 
@@ -196,7 +196,7 @@ def chunks_of(model, prompt: int, **options) -> list[int]:
     watched = Watched()
     if hasattr(model, "prefill_chunk"):
         watched.prefill_chunk = model.prefill_chunk
-    next(generate_step(mx.array(list(range(prompt))), watched, max_tokens=1, **options))
+    next(steps(watched, mx.array(list(range(prompt))), max_tokens=1, **options))
     return seen
 
 
