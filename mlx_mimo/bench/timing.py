@@ -12,7 +12,8 @@ from statistics import median
 
 import mlx.core as mx
 
-from ..runtime.steps import prefill, prefill_chunk, steps
+from ..runtime.loaded import loaded_of
+from ..runtime.steps import prefill, steps
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def run_case(model, case: Case, tokens: Sequence[int]) -> Sample:
     past, prompt, following = split(case, tokens)
     cache = model.make_cache()
     if past:
-        prefill(model, mx.array([*past, 0]), cache, prefill_chunk(model), lambda *_: None)
-    residency = getattr(model, "residency", None)
+        prefill(model, mx.array([*past, 0]), cache, loaded_of(model).prefill_chunk, lambda *_: None)
+    residency = loaded_of(model).residency
     with Waiting(residency.reader if residency else None) as waiting:
         counters = [_counters(residency, waiting)]
         began = time.perf_counter()

@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import UsageError
-from ..planning.budget import CHUNK
+from .loaded import loaded_of
+from .sampling import Sampler
 
-Sampler = Callable[[mx.array], mx.array]  # logprobs (1, vocab_size) → tokens (1,)
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # tokens so far (L,), logits (1, vocab_size) → logits
 Progress = Callable[[int, int], None]  # prompt tokens computed, prompt tokens in all
 
@@ -62,21 +62,17 @@ def steps(
     if max_tokens == 0:
         return
     cache = model.make_cache() if cache is None else cache
-    chunk = prefill_step_size or prefill_chunk(model)
+    loaded = loaded_of(model)
+    chunk = prefill_step_size or loaded.prefill_chunk
     prefill(model, prompt, cache, chunk, prompt_progress_callback or (lambda *_: None))
     forward = Forward(model, cache, prompt[:-1], sampler or greedy, logits_processors or ())
-    ahead = not getattr(model, "synchronous", False) and not logits_processors
+    ahead = not loaded.synchronous and not logits_processors
     yield from one_by_one(forward, prompt[-1:], max_tokens, ahead)
 
 
 def greedy(logprobs: mx.array) -> mx.array:
     """The most likely token (1,) of log-probabilities (1, vocab_size)."""
     return mx.argmax(logprobs, axis=-1)
-
-
-def prefill_chunk(model: nn.Module) -> int:
-    """Prompt tokens that a model computes at a time: what `load` found to fit, else the usual number."""
-    return getattr(model, "prefill_chunk", CHUNK)
 
 
 def prefill(model: nn.Module, tokens: mx.array, cache: list, chunk: int, progress: Progress) -> None:

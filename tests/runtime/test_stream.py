@@ -11,6 +11,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_mimo import load, stream_generate
 from mlx_mimo.errors import UsageError
 from mlx_mimo.planning.budget import CHUNK
+from mlx_mimo.runtime.loaded import Loaded
 from mlx_mimo.runtime.steps import Step, steps
 from mlx_mimo.runtime.stream import Response, check_prompt, text_steps
 
@@ -32,7 +33,7 @@ class Watched:
 
     def __init__(self, model, synchronous: bool = True):
         self.model, self.args = model, model.args
-        self.synchronous = synchronous
+        self.loaded = Loaded(synchronous=synchronous)
         self.chunks: list[int] = []
         self.forwards = 0
 
