@@ -28,6 +28,7 @@ from mlx_lm.server import (
 )
 
 from ..errors import MimoError
+from ..models.cache import common_length
 from ..runtime.steps import prefill, steps
 from ..runtime.stream import text_steps
 from .batch import Batch, this_thread
@@ -374,10 +375,9 @@ class Worker(ResponseGenerator):
 
     def _keep(self, entry: Entry, tokens: list[int]) -> None:
         """Puts the caches back, with the tokens that they hold."""
-        offsets = {cache.offset for cache in entry.caches}
-        computed = offsets.pop()
-        if offsets or not 0 < computed <= len(tokens):
-            return  # stopped amid a forward pass, or a token ahead: not what any prompt begins with for certain
+        computed = common_length(entry.caches)
+        if computed is None or not 0 < computed <= len(tokens):
+            return  # a forward pass was interrupted: the caches are no prompt's beginning
         self._entry = None  # kept now: not to be counted twice
         entry.tokens = list(tokens[:computed])
         self.prompt_cache.give(entry)
