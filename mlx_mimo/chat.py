@@ -67,9 +67,11 @@ class Chat:
         """One turn: prints the answer as it comes; Ctrl-C ends it and keeps what was said."""
         from .console import Interrupts, PrefillProgress, Printer
         from .runtime.conversation import Stopped
+        from .runtime.loaded import loaded_of
         from .runtime.sampling import sampler_for
 
-        options = {"max_tokens": self.args.max_tokens, "sampler": sampler_for(self.model, self.args)}
+        sampler = sampler_for(self.args, loaded_of(self.model).sampling)
+        options = {"max_tokens": self.args.max_tokens, "sampler": sampler}
         printer, stopped = None, False
         try:
             with Interrupts() as interrupts, PrefillProgress(sys.stderr) as bar:

@@ -94,6 +94,7 @@ def generate(args: argparse.Namespace) -> int:
 def answer(model, tokenizer, args: argparse.Namespace, text: str) -> int:
     """Generates from one prompt and prints what the flags ask for; returns the exit code."""
     from .console import PrefillProgress, Printer
+    from .runtime.loaded import loaded_of
     from .runtime.sampling import sampler_for
     from .runtime.stream import Response, stream_generate
 
@@ -113,7 +114,7 @@ def answer(model, tokenizer, args: argparse.Namespace, text: str) -> int:
                 tokenizer,
                 tokens,
                 max_tokens=args.max_tokens,
-                sampler=sampler_for(model, args),
+                sampler=sampler_for(args, loaded_of(model).sampling),
                 prefill_step_size=args.prefill_step_size,
                 prompt_progress_callback=progress,
             ):
@@ -172,7 +173,9 @@ def report(model, text: str, ids: list[int], prompt_tokens: int, last, reason: s
 
 def experts_report(model) -> dict | None:
     """The counters of expert residency, or None where every expert is resident."""
-    residency = getattr(model, "residency", None)
+    from .runtime.loaded import loaded_of
+
+    residency = loaded_of(model).residency
     if residency is None:
         return None
     counters = residency.counters
@@ -181,7 +184,9 @@ def experts_report(model) -> dict | None:
 
 def end_residency(model, profile: str | None) -> None:
     """Saves the profile where one is asked for, and closes files and threads."""
-    residency = getattr(model, "residency", None)
+    from .runtime.loaded import loaded_of
+
+    residency = loaded_of(model).residency
     if residency is None:
         return
     try:

@@ -51,7 +51,7 @@ def test_the_second_turn_computes_only_what_is_new_and_says_the_same(loaded):
 @pytest.fixture(params=[True, False], ids=["on demand", "ahead"])
 def either_loop(request, loaded, monkeypatch):
     """The step loop that waits for each token, and the one that begins the next before."""
-    monkeypatch.setattr(loaded[0], "synchronous", request.param)
+    monkeypatch.setattr(loaded[0].loaded, "synchronous", request.param)
     return loaded
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import MimoError
+from ..runtime.loaded import loaded_of
 from ..units import format_size
 from .timing import Case, Sample, Spread
 
@@ -39,7 +40,7 @@ class Row:
 def row_of(system: str, memory: str, model, case: Case, samples: Sequence[Sample]) -> Row:
     """`model` is None for a system that has everything in memory and no counters."""
     slots, resident = None, 1.0
-    residency = getattr(model, "residency", None)
+    residency = None if model is None else loaded_of(model).residency
     if residency is not None:
         slots = residency.counters.slots
         resident = slots / sum(file.num_experts for file in residency.files.values())

@@ -12,7 +12,8 @@ from statistics import median
 
 import mlx.core as mx
 
-from ..runtime.stream import generate_step, prefill, prefill_chunk
+from ..runtime.loaded import loaded_of
+from ..runtime.steps import prefill, steps
 
 
 @dataclass(frozen=True)
@@ -101,20 +102,14 @@ def run_case(model, case: Case, tokens: Sequence[int]) -> Sample:
     past, prompt, following = split(case, tokens)
     cache = model.make_cache()
     if past:
-        prefill(model, mx.array([*past, 0]), cache, prefill_chunk(model), lambda *_: None)
-    residency = getattr(model, "residency", None)
+        prefill(model, mx.array([*past, 0]), cache, loaded_of(model).prefill_chunk, lambda *_: None)
+    residency = loaded_of(model).residency
     with Waiting(residency.reader if residency else None) as waiting:
         counters = [_counters(residency, waiting)]
         began = time.perf_counter()
-        steps = generate_step(
-            mx.array(prompt),
-            model,
-            max_tokens=case.generation_tokens,
-            sampler=forced(following),
-            prompt_cache=cache,
-        )
+        answer = steps(model, mx.array(prompt), cache, max_tokens=case.generation_tokens, sampler=forced(following))
         first = 0.0
-        for _ in steps:
+        for _ in answer:
             if not first:
                 first = time.perf_counter()
                 counters.append(_counters(residency, waiting))

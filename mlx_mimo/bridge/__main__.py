@@ -14,7 +14,7 @@ CONTENT = '''"""Written by `mlx_mimo bridge`; config.json names it as `model_fil
 
 from pathlib import Path
 
-from mlx_mimo.bridge.model import classes
+from mlx_mimo.bridge import classes
 
 Model, ModelArgs = classes(Path(__file__).parent)
 '''
@@ -41,8 +41,15 @@ def is_on(directory: Path) -> bool:
     return named == FILE
 
 
+def is_current(directory: Path) -> bool:
+    """Whether the directory's bridge file is the one that this version of mlx-mimo writes."""
+    file = directory / FILE
+    return file.is_file() and file.read_bytes() == CONTENT.encode()
+
+
 def switch(directory: Path, on: bool) -> None:
-    """Adds or removes the bridge. Raises FormatError or UsageError; the directory is then as it was."""
+    """Adds the bridge, or writes its file anew where it is on already; or removes it. Raises FormatError or
+    UsageError; the directory is then as it was."""
     from ..checkpoint.directory import Directory
 
     if not directory.is_dir():
@@ -69,16 +76,21 @@ def _without_key(config: bytes) -> bytes:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Writes a file so that nobody ever reads half of it."""
+    """Writes a file so that a reader finds the old bytes or the new ones, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_bytes(data)
     os.replace(part, path)
 
 
 def bridge(args: argparse.Namespace) -> int:
+    """Switches the bridge or says whether it is on. Returns 1 where its file has to be written anew, else 0."""
     if args.state != "status":
         switch(args.directory, args.state == "on")
     on = is_on(args.directory)
+    if on and not is_current(args.directory):
+        found = "was written by another version of mlx-mimo" if (args.directory / FILE).exists() else "is missing"
+        print(f"{args.directory}: bridge on, but {FILE} {found}; run mlx_mimo bridge {args.directory} on again")
+        return 1
     print(f"{args.directory}: bridge {'on' if on else 'off'}")
     if on and args.state == "on":
         print("mlx_lm commands run it with --trust-remote-code; without that flag they now refuse this directory")

@@ -37,6 +37,8 @@ from ..runtime.load import (
     on_cpu,
     working_set,
 )
+from ..runtime.loaded import Loaded, LoadedModel
+from ..runtime.sampling import generation_defaults
 from ..units import parse_size
 
 PREFIX = "MLX_MIMO_"
@@ -189,7 +191,7 @@ class _Bridged:
         self.update(tree_unflatten(narrowed))
 
 
-class _Whole(_Bridged, Model):
+class _Whole(_Bridged, LoadedModel):
     """Our model of a directory with stacked experts, everything in memory."""
 
 
@@ -205,7 +207,7 @@ class _WithResidency(_Bridged, TrunkModel):
 
     def __init__(self, args: ModelArgs, directory: Directory, settings: Settings):
         super().__init__(args, directory, settings)
-        self.residency = None
+        self.loaded = Loaded()
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -213,7 +215,7 @@ class _WithResidency(_Bridged, TrunkModel):
         directory, memory = self._directory, settings.expert_memory
         # mlx-lm's commands compute prompts in chunks of their own, 2048 tokens unless told.
         found = expert_limit(directory, self.args, memory, kernels=False, fixed_chunk=True)
-        self.residency = attach(
+        residency = attach(
             self,
             directory,
             expert_memory_bytes=None if memory == "all" else found.expert_bytes,
@@ -228,11 +230,16 @@ class _WithResidency(_Bridged, TrunkModel):
             for projection in PROJECTIONS:
                 experts[projection] = ExpertsKeptOutsideTheModel()
             experts.fuse = partial(self._fuse, layer, file)
-        self.synchronous = on_cpu() or not self.residency.all_resident
+        self.loaded = Loaded(
+            residency=residency,
+            prefill_chunk=found.chunk,
+            synchronous=on_cpu() or not residency.all_resident,
+            sampling=generation_defaults(self._directory),
+        )
         if settings.trace is not None:
-            self.residency.trace_to(settings.trace)
+            residency.trace_to(settings.trace)
         if settings.profile is not None and settings.profile.exists():
-            self.residency.load_profile(settings.profile)
+            residency.load_profile(settings.profile)
         # mlx-lm's commands have no end that we could see.
         atexit.register(self._at_exit)
 
@@ -243,7 +250,7 @@ class _WithResidency(_Bridged, TrunkModel):
             print(f"mlx_mimo: error: {error}", file=sys.stderr)
 
     def _end_residency(self) -> None:
-        residency, self.residency = self.residency, None
+        residency, self.loaded.residency = self.loaded.residency, None
         if residency is None:
             return
         try:
@@ -270,7 +277,7 @@ class _WithResidency(_Bridged, TrunkModel):
                     whole.update(tree_map(_float32, whole.parameters()))
                 mx.eval(whole.parameters())
                 self.layers[layer].mlp.switch_mlp = whole
-            self.synchronous = on_cpu()
+            self.loaded.synchronous = on_cpu()
         return super().train(mode)
 
     def _fuse(self, layer: int, file: ExpertFile, dequantize: bool = False) -> nn.Module:

@@ -19,8 +19,15 @@ def make_cache(args: ModelArgs) -> list:
     return [SlidingKVCache(args.window) if args.is_sliding(i) else KVCache() for i in range(args.num_hidden_layers)]
 
 
+def common_length(caches: list) -> int | None:
+    """How many tokens the caches hold; None where they differ, which an interrupted forward pass leaves behind."""
+    lengths = {cache.offset for cache in caches}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
 def rollback(caches: list, n: int) -> bool:
-    """Takes the last `n` tokens back in every layer, or in none: False where one no longer can."""
+    """Takes the last `n` tokens back in every layer and returns True; or returns False and changes nothing, where a
+    layer no longer holds what the token before them saw."""
     if any(n > _most(cache) for cache in caches):
         return False
     for cache in caches:

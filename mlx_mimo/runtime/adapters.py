@@ -38,13 +38,12 @@ def check_adapter(path: str | Path, residency: bool) -> None:
         )
 
 
-def put_adapter(model: nn.Module, path: str | Path) -> nn.Module:
+def put_adapter(model: nn.Module, path: str | Path) -> None:
     """Puts the adapter of a checked directory onto the model. Raises FormatError where it is another model's."""
     from mlx_lm.tuner.utils import load_adapters
 
     try:
-        model = load_adapters(model, str(path))
+        load_adapters(model, str(path))  # changes the model and returns it
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{path}: the adapter does not fit the model: {' '.join(str(error).split())}") from error
     model.eval()
-    return model

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,14 +12,17 @@ from ..config.model_args import ModelArgs
 from ..cpu.adapt import adapt
 from ..errors import FormatError, MimoError, UsageError
 from ..experts.residency import Residency, attach
-from ..models.mimo_v2_flash import Model
 from ..planning.budget import CHUNK, Fit, fit, item_bytes, measure, usual_context
 from ..planning.memory import available_memory
 from ..units import parse_size
 from .adapters import check_adapter, put_adapter
 from .compute import choose_compute
+from .loaded import Loaded, LoadedModel
 from .sampling import generation_defaults
 from .source import find
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 MOST_READER_THREADS = 64
 CACHE_LIMIT_BYTES = 2 * 10**9  # of freed buffers that MLX keeps on a GPU; its default is nearly all memory
@@ -36,18 +40,32 @@ def load(
     threads: int | None = None,
     reader_threads: int = 8,
     adapter_path: str | Path | None = None,
-    tokenizer_config: dict | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
     progress: bool = False,
-) -> tuple[nn.Module, object]:
+) -> tuple[LoadedModel, "TokenizerWrapper"]:
     """Loads a converted directory, or a Hub repo that holds one; None is the embedded demo model.
 
-    `expert_memory` is the bytes of expert slots as a number or text such as "24GB", "auto" (what is free), or "all"
-    (everything resident). `sliding_window` is the number of keys a query sees in sliding layers, itself included.
-    `adapter_path` is a directory that mlx_lm.lora wrote; adapters on experts are refused where these may stream.
-    `reader_threads` is how many experts are read at a time, 1 to 64.
-    `profile` is a file of usage counts: loaded now where it exists, saved by `model.residency.save_profile`.
-    The model works in mlx_lm's generate, stream_generate and batch_generate; `model.residency` holds the counters.
-    Raises FormatError, MimoError or UsageError, each naming the file or field.
+    Args:
+        expert_memory: Bytes of expert slots as a number or text such as "24GB", "auto" (what is free), or "all"
+            (everything resident).
+        expert_policy: Which expert leaves when slots are full: "lfu" or "lru".
+        sliding_window: Keys that a query sees in sliding layers, its own included; None takes config.json's.
+        profile: A file of usage counts. It is loaded now where it exists, and saved by
+            `model.residency.save_profile`.
+        lookahead: Reads ahead the experts that the next layer is likely to need.
+        trace: A file into which the routers' choices are recorded until `model.residency.close`.
+        threads: CPU threads of the kernels; None takes one for each core.
+        reader_threads: Experts that are read at a time, 1 to 64.
+        adapter_path: A directory that mlx_lm.lora wrote. Adapters on experts are refused where these may stream.
+        tokenizer_config: Further arguments of transformers' AutoTokenizer.from_pretrained.
+        progress: Shows a bar on stderr while a profile's experts are read.
+
+    Returns the model and mlx-lm's tokenizer wrapper. The model works in mlx_lm's generate, stream_generate and
+    batch_generate. `model.residency` holds the counters, and its `close` must be called at the end: it ends threads
+    and the trace. `model.loaded` holds what else is known of the model on this machine.
+
+    Raises FormatError for a directory that cannot be run, UsageError for a wrong argument, and MimoError where
+    arguments and model do not go together or too little memory is free; each names the file or field.
     """
     if expert_memory not in ("auto", "all"):
         expert_memory = parse_size(expert_memory)
@@ -70,11 +88,10 @@ def load(
     if adapter_path is not None:
         check_adapter(adapter_path, residency=streamable)
     model = load_trunk(directory, overrides, streamable, kernels=adapter_path is None)  # LoRA layers want MLX's
-    model.residency = None
     found = expert_limit(directory, args, expert_memory if streamable else "all", kernels=adapter_path is None)
-    model.prefill_chunk = found.chunk
+    residency = None
     if streamable:
-        model.residency = attach(
+        residency = attach(
             model,
             directory,
             expert_memory_bytes=None if expert_memory == "all" else found.expert_bytes,
@@ -83,12 +100,15 @@ def load(
             reader_threads=reader_threads,
             lookahead=lookahead,
         )
-    model.synchronous = on_cpu() or bool(model.residency and not model.residency.all_resident)
-    model.generation_defaults = generation_defaults(directory.path)
-    residency = model.residency
+    model.loaded = Loaded(
+        residency=residency,
+        prefill_chunk=found.chunk,
+        synchronous=on_cpu() or (residency is not None and not residency.all_resident),
+        sampling=generation_defaults(directory.path),
+    )
     try:
         if adapter_path is not None:
-            model = put_adapter(model, adapter_path)
+            put_adapter(model, adapter_path)
         if trace is not None:
             _residency_of(model, directory, "--trace").trace_to(trace)
         if profile is not None and Path(profile).exists():
@@ -121,7 +141,7 @@ class ExpertsElsewhere(nn.Module):
     """Stands where a layer's experts will stand, so that loading the trunk allocates nothing for them."""
 
 
-class TrunkModel(Model):
+class TrunkModel(LoadedModel):
     """The model before residency gives it experts: every weight but theirs."""
 
     def __init__(self, args: ModelArgs):
@@ -133,12 +153,12 @@ class TrunkModel(Model):
         return super().sanitize({name: w for name, w in weights.items() if ".mlp.experts." not in name})
 
 
-def load_trunk(directory: Directory, overrides: dict, without_experts: bool, kernels: bool = True) -> nn.Module:
+def load_trunk(directory: Directory, overrides: dict, without_experts: bool, kernels: bool = True) -> LoadedModel:
     """The model with its weights; without experts where they lie in expert files of their own. `kernels` lets the CPU
     kernels have it on a CPU."""
     from mlx_lm.utils import load_model
 
-    classes = (TrunkModel if without_experts else Model, ModelArgs)
+    classes = (TrunkModel if without_experts else LoadedModel, ModelArgs)
     try:
         # model_file would import code of the directory; the classes are ours here.
         model, _ = load_model(
@@ -173,7 +193,7 @@ def working_set() -> int | None:
     return None if on_cpu() else mx.device_info().get("max_recommended_working_set_size")
 
 
-def load_tokenizer(directory: Directory, tokenizer_config: dict | None = None):
+def load_tokenizer(directory: Directory, tokenizer_config: dict[str, Any] | None = None) -> "TokenizerWrapper":
     """mlx-lm's tokenizer wrapper, ending on every end token that config.json or generation_config.json names."""
     from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
@@ -188,7 +208,7 @@ def load_tokenizer(directory: Directory, tokenizer_config: dict | None = None):
         raise FormatError(f"{directory.path}: the tokenizer cannot be loaded ({error}); copy its files anew") from error
 
 
-def _residency_of(model: nn.Module, directory: Directory, flag: str) -> Residency:
+def _residency_of(model: LoadedModel, directory: Directory, flag: str) -> Residency:
     if model.residency is None:
         raise MimoError(f"{flag}: {directory.path} has stacked experts; run mlx_mimo convert repack on it first")
     return model.residency

@@ -37,7 +37,7 @@ class Provider(ModelProvider):
         if tokenizer.chat_template is None and self.cli_args.use_default_chat_template:
             tokenizer.chat_template = tokenizer.default_chat_template
         self.model, self.tokenizer = model, tokenizer
-        self.cli_args.prefill_step_size = self._chunk or model.prefill_chunk
+        self.cli_args.prefill_step_size = self._chunk or model.loaded.prefill_chunk
         self.residency = model.residency
         # Streamed experts want one sequence at a time: two would evict each other's.
         self.is_batchable = self.residency is None or self.residency.all_resident

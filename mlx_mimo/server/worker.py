@@ -28,7 +28,9 @@ from mlx_lm.server import (
 )
 
 from ..errors import MimoError
-from ..runtime.stream import generate_step, prefill
+from ..models.cache import common_length
+from ..runtime.steps import prefill, steps
+from ..runtime.stream import text_steps
 from .batch import Batch, this_thread
 from .errors import Disconnected, RequestError
 from .grammar import Grammar
@@ -350,51 +352,35 @@ class Worker(ResponseGenerator):
         processors = _make_logits_processors(args)
         if args.grammar is not None:
             processors.append(args.grammar.processor(tokenizer, model.args.vocab_size))
-        detokenizer = _detokenizer(tokenizer, args.begun)
         tokens = list(prompt)
-        steps = generate_step(
-            mx.array(prompt[-1:]),
+        following = steps(
             model,
+            mx.array(prompt[-1:]),
+            entry.caches,
             max_tokens=args.max_tokens,
             sampler=_make_sampler(args, tokenizer),
             logits_processors=processors,
-            prompt_cache=entry.caches,
         )
-        for count, (token, logprobs) in enumerate(steps, 1):
-            tokens.append(token)
-            ended = token in tokenizer.eos_token_ids
-            if not ended:
-                detokenizer.add_token(token)
-            reason = "stop" if ended else "length" if count == args.max_tokens else None
-            if reason:
-                detokenizer.finalize()
-            top = _format_top_logprobs(logprobs, args.top_logprobs, tokenizer)
-            reply.put(Response(detokenizer.last_segment, token, logprobs[token].item(), reason, top))
-            if reason or reply.context._should_stop:
-                break
-        steps.close()
+        with contextlib.closing(text_steps(following, tokenizer, args.max_tokens, said=args.begun)) as answer:
+            for step in answer:
+                tokens.append(step.token)
+                top = _format_top_logprobs(step.logprobs, args.top_logprobs, tokenizer)
+                logprob = step.logprobs[step.token].item()
+                reply.put(Response(step.text, step.token, logprob, step.finish_reason, top))
+                if reply.context._should_stop:
+                    break
         reply.put(None)
-        # Where layers do not synchronise, one token more than was handed out may have been computed.
+        # The last token was handed out before it was computed, unless the next forward pass was enqueued ahead.
         self._keep(entry, tokens)
 
     def _keep(self, entry: Entry, tokens: list[int]) -> None:
         """Puts the caches back, with the tokens that they hold."""
-        offsets = {cache.offset for cache in entry.caches}
-        computed = offsets.pop()
-        if offsets or not 0 < computed <= len(tokens):
-            return  # stopped amid a forward pass, or a token ahead: not what any prompt begins with for certain
+        computed = common_length(entry.caches)
+        if computed is None or not 0 < computed <= len(tokens):
+            return  # a forward pass was interrupted: the caches are no prompt's beginning
         self._entry = None  # kept now: not to be counted twice
         entry.tokens = list(tokens[:computed])
         self.prompt_cache.give(entry)
-
-
-def _detokenizer(tokenizer, begun: str):
-    """One that has said `begun`: at the start of a text it would leave out a space."""
-    detokenizer = tokenizer.detokenizer
-    for token in tokenizer.encode(begun, add_special_tokens=False) if begun else ():
-        detokenizer.add_token(token)
-    _ = detokenizer.last_segment  # looking at it takes it away: the answer begins after it
-    return detokenizer
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:

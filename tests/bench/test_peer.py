@@ -4,14 +4,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from converted import converted_directory
-from mlx_lm.generate import generate_step as mlx_lm_generate_step
-from mlx_lm.generate import generation_stream
+from mlx_lm.generate import generate_step, generation_stream
 
 from mlx_mimo import load
 from mlx_mimo.bench.peer import Peer, load_peer, timed
 from mlx_mimo.bench.timing import Case
 from mlx_mimo.errors import MimoError
-from mlx_mimo.runtime.stream import generate_step
+from mlx_mimo.runtime.steps import steps
 
 
 def test_the_peer_computes_the_same_tokens():
@@ -21,13 +20,11 @@ def test_the_peer_computes_the_same_tokens():
     window = theirs.args.sliding_window_size
     ours, _ = load(directory, expert_memory="all", sliding_window=window)
     prompt = mx.array(list(range(7, 7 + 3 * window, 2)))
-    tokens = [
-        [int(token) for token, _ in step(prompt, model, max_tokens=24)]
-        for step, model in ((generate_step, ours), (mlx_lm_generate_step, theirs))
-    ]
+    our_tokens = [step.token for step in steps(ours, prompt, max_tokens=24)]
+    their_tokens = [int(token) for token, _ in generate_step(prompt, theirs, max_tokens=24)]
     ours.residency.close()
-    assert tokens[0] == tokens[1]
-    assert len(set(tokens[0])) > 3
+    assert our_tokens == their_tokens
+    assert len(set(our_tokens)) > 3
 
 
 class Noted(nn.Module):

@@ -13,6 +13,7 @@ from converted import converted_directory
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+import mlx_mimo.bridge
 from mlx_mimo.bridge import __main__ as bridge
 from mlx_mimo.bridge import model as bridge_file
 from mlx_mimo.bridge.model import VARIABLES, Settings, classes
@@ -40,6 +41,46 @@ def test_off_gives_back_every_byte(tmp_path):
     assert digests(directory) == once
     bridge.switch(directory, False)
     assert digests(directory) == before
+
+
+def status(directory: Path, state: str = "status") -> int:
+    return bridge.bridge(bridge.build_parser().parse_args([str(directory), state]))
+
+
+@pytest.fixture
+def switched_on(tmp_path) -> Path:
+    (tmp_path / "config.json").write_bytes((converted_directory() / "config.json").read_bytes())
+    bridge.switch(tmp_path, True)
+    return tmp_path
+
+
+def test_status_says_whether_the_bridge_is_on(switched_on, capsys):
+    assert status(switched_on) == 0
+    assert capsys.readouterr().out == f"{switched_on}: bridge on\n"
+    assert status(switched_on, "off") == 0
+    assert capsys.readouterr().out == f"{switched_on}: bridge off\n"
+
+
+EARLIER = "from mlx_mimo.runtime.bridge_file import classes\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [(EARLIER, "was written by another version of mlx-mimo"), (None, "is missing")]
+)
+def test_status_tells_a_file_of_another_version_and_on_writes_it_anew(switched_on, capsys, content, found):
+    file, config = switched_on / bridge.FILE, (switched_on / "config.json").read_bytes()
+    file.unlink() if content is None else file.write_text(content)
+    assert status(switched_on) == 1
+    message = f"bridge on, but {bridge.FILE} {found}; run mlx_mimo bridge {switched_on} on again"
+    assert capsys.readouterr().out == f"{switched_on}: {message}\n"
+    assert status(switched_on, "on") == 0
+    assert file.read_text() == bridge.CONTENT
+    assert (switched_on / "config.json").read_bytes() == config
+
+
+def test_the_written_file_imports_what_the_package_offers():
+    assert "from mlx_mimo.bridge import classes\n" in bridge.CONTENT
+    assert mlx_mimo.bridge.classes is classes
 
 
 def test_off_takes_the_key_out_of_a_config_that_mlx_lm_wrote_anew(tmp_path):

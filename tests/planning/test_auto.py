@@ -22,7 +22,7 @@ from mlx_mimo.planning.budget import CHUNK, item_bytes, measure
 from mlx_mimo.planning.machine import this_machine
 from mlx_mimo.planning.memory import available_memory
 from mlx_mimo.planning.plan import make_plan
-from mlx_mimo.runtime.stream import generate_step
+from mlx_mimo.runtime.steps import steps
 from mlx_mimo.units import format_size
 
 
@@ -94,7 +94,7 @@ def test_load_plan_and_doctor_choose_the_same_on_this_cpu(free):
     assert checked("model.memory").startswith("10 of 24 experts resident")
     free(available - budget.trunk)  # which is loaded before `auto` looks
     model, _ = loading.load(converted_directory())
-    assert (model.residency.counters.slots, model.prefill_chunk) == (10, 256)
+    assert (model.residency.counters.slots, model.loaded.prefill_chunk) == (10, 256)
     model.residency.close()
 
 
@@ -184,7 +184,7 @@ def chunks_of(model, prompt: int, **options) -> list[int]:
     seen = []
 
     class Watched:
-        args, synchronous, make_cache = model.args, True, model.make_cache
+        args, make_cache = model.args, model.make_cache
 
         def __call__(self, tokens, cache):
             return model(tokens, cache=cache)
@@ -194,9 +194,9 @@ def chunks_of(model, prompt: int, **options) -> list[int]:
             return model.prefill(tokens, cache=cache)
 
     watched = Watched()
-    if hasattr(model, "prefill_chunk"):
-        watched.prefill_chunk = model.prefill_chunk
-    next(generate_step(mx.array(list(range(prompt))), watched, max_tokens=1, **options))
+    if hasattr(model, "loaded"):
+        watched.loaded = model.loaded
+    next(steps(watched, mx.array(list(range(prompt))), max_tokens=1, **options))
     return seen
 
 
@@ -204,12 +204,12 @@ def test_a_prompt_is_computed_in_the_chunks_of_the_plan(free):
     budget = budget_of(cpu=True)
     free(room_for(budget, 24) - budget.trunk)
     model, _ = loading.load(converted_directory())
-    assert model.prefill_chunk == 256
+    assert model.loaded.prefill_chunk == 256
     assert chunks_of(model, 300) == [256, 43]
     assert chunks_of(model, 300, prefill_step_size=200) == [200, 99]
     free(10**10)
     assert loading.expert_limit(*config_of(converted_directory()), "auto").chunk == 2048
-    del model.prefill_chunk
+    del model.loaded
     assert chunks_of(model, 300) == [299]  # a model that was not loaded by us
 
 

@@ -78,13 +78,13 @@ def test_chunks_do_not_change_the_tokens(resident, chunk):
 
 def test_both_orders_of_the_step_loop_give_the_same_tokens(resident):
     model, tokenizer = resident
-    assert model.synchronous  # CPU
+    assert model.loaded.synchronous  # CPU
     expected = greedy(model, tokenizer)
-    model.synchronous = False
+    model.loaded.synchronous = False
     try:
         assert greedy(model, tokenizer) == expected
     finally:
-        model.synchronous = True
+        model.loaded.synchronous = True
 
 
 def test_a_token_is_handed_out_before_the_next_forward_begins(resident):
@@ -92,7 +92,7 @@ def test_a_token_is_handed_out_before_the_next_forward_begins(resident):
     calls = []
 
     class Counting:
-        args, synchronous = model.args, True
+        args, loaded = model.args, model.loaded
         make_cache, prefill = model.make_cache, model.prefill
 
         def __call__(self, *args, **keywords):
