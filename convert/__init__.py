@@ -1,4 +1,4 @@
-"""The converter: a Hugging Face FP8 checkpoint in, an MLX directory out."""
+"""The converter: makes a directory that MLX loads from a Hugging Face FP8 checkpoint."""
 
 __all__ = ["convert_checkpoint"]
 

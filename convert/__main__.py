@@ -1,4 +1,4 @@
-"""`python -m mlx_mimo.convert`: a checkpoint in, a converted directory out; and its subcommands."""
+"""`python -m mlx_mimo.convert`: converts a checkpoint into a directory; and the subcommands."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""From rows of a checkpoint's tensor to the bytes that are stored, by the scales that the tensor really has."""
+"""Computes the bytes to store from rows of a checkpoint's tensor and its scales; finds the map of the K/V scales."""
 
 from threading import Lock
 
@@ -16,7 +16,7 @@ from .writer import Piece
 
 
 class Computer:
-    """`piece` is called from several threads at once."""
+    """Computes the pieces of a conversion. Several threads may call `piece` at once."""
 
     def __init__(self, source: Source, config: dict, kv_maps: dict[int, KvMap]):
         self.source = source
@@ -45,7 +45,7 @@ class Computer:
         return Piece(encode(fp8.dequantize(raw, part), item.quantization), found)
 
     def scales(self, name: str) -> Scales:
-        """The scales of one FP8 weight; those of the latest are kept, since its pieces come one after another."""
+        """The scales of one FP8 weight. The latest are kept, since a weight's pieces follow one another."""
         with self._lock:
             latest = self._scales
         if latest and latest[0] == name:
@@ -77,7 +77,7 @@ def kv_names(layer: int) -> tuple[str, str]:
 
 
 def kv_scales(source: Source, config: dict, layer: int) -> dict[str, tuple[Scales, Scales]]:
-    """{candidate map: scales of K, scales of V} of a global layer, both pointing into K's cells followed by V's."""
+    """{candidate map: (scales of K, scales of V)} of a global layer; both index K's cells followed by V's."""
     k_cells, v_cells = (read_cells(source, name) for name in kv_names(layer))
     heads = shapes.heads_of(config, sliding=False)
     if k_cells.shape[1] != v_cells.shape[1]:
@@ -88,7 +88,7 @@ def kv_scales(source: Source, config: dict, layer: int) -> dict[str, tuple[Scale
 
 
 def find_kv_maps(source: Source, config: dict, wanted: str | None = None) -> dict[int, KvMap]:
-    """{global layer: map}, one map for all of them. Layers whose K is not FP8 have none.
+    """{global layer: KvMap}, the same map for all. Layers whose K is not FP8 are left out.
 
     Raises FormatError where no map is clearly best.
     """
@@ -124,7 +124,7 @@ def _global_kv(name: str, kv_maps: dict[int, KvMap]) -> tuple[int | None, int]:
 
 
 def _as(raw: np.ndarray, dtype: str, wanted: str, name: str) -> np.ndarray:
-    """BF16, F16 and F32 into each other."""
+    """The values as `wanted`, BF16 or F32. Raises FormatError for a dtype other than BF16, F16 and F32."""
     if dtype == wanted:
         return raw
     if dtype not in ("BF16", "F16", "F32"):

@@ -1,4 +1,4 @@
-"""FP8 e4m3 with block scales: values, maps from rows to scales, and the test that tells which map is right.
+"""FP8 e4m3 with block scales: values, maps from rows to scales, and the test that finds the right map.
 
 A weight is code · scale, one scale for a block of 128 × 128. In global layers the release quantised, per KV head,
 the rows of [K | V] as one chain of such blocks, so that a block lies across K's end and V's beginning.
@@ -12,8 +12,8 @@ from mlx_mimo.errors import FormatError
 
 BLOCK = 128
 CANDIDATES = ("chain", "flat", "rows/96")
-# A quantiser scales each block so that its largest magnitude becomes ±448. A map is right where at most this share
-# of its cells has no such code, and clearly best where the others leave this much more.
+# A quantiser scales each block so that its largest magnitude becomes ±448. A map fits where at most MISSING_AT_MOST of
+# its cells have no such code, and is clearly best where every other leaves at least CLEARLY more of them.
 MISSING_AT_MOST = 0.02
 CLEARLY = 0.05
 
@@ -26,7 +26,7 @@ def _code_values() -> np.ndarray:
     return np.where(code & 128, -value, value).astype(np.float32)
 
 
-TABLE = _code_values()  # (256,) float32: what each code stands for
+TABLE = _code_values()  # (256,) float32: the value of each code
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _kernels():
 
 @dataclass(frozen=True)
 class KvMap:
-    """How the scales of a global layer's K and V are found, and what speaks for it."""
+    """The map by which a global layer's K and V scales are read, and its evidence."""
 
     layer: int
     name: str  # one of CANDIDATES
@@ -104,7 +104,7 @@ class KvMap:
 
 
 def kv_row_maps(kv_heads: int, head_dim: int, v_head_dim: int, k_cells: int, v_cells: int) -> dict[str, tuple]:
-    """{candidate: (row map of K, row map of V)}; V's scale rows follow K's. What the shapes rule out is absent."""
+    """{candidate: (row map of K, row map of V)}; V's scale rows follow K's. Only maps that fit the shapes."""
     k_rows, v_rows = kv_heads * head_dim, kv_heads * v_head_dim
     maps = {}
     per_k = -(-head_dim // BLOCK)
@@ -124,20 +124,23 @@ def kv_row_maps(kv_heads: int, head_dim: int, v_head_dim: int, k_cells: int, v_c
 
 
 def count_missing(name: str, codes: np.ndarray, scales: Scales) -> int:
-    """Non-zero cells without a code of ±448."""
+    """The number of non-zero cells without a code of ±448. Raises FormatError for a NaN code."""
     found = np.zeros(scales.cells.shape, np.bool_)
     mark_full_scale(name, codes, scales, found)
     return int(np.count_nonzero((scales.cells != 0) & ~found))
 
 
 def choose(counts: dict[str, int], cells: int, wanted: str | None = None) -> str:
-    """The map that is clearly best. Raises FormatError where none is, unless `wanted` says which to take."""
+    """The map that is clearly best by `counts`, {map: cells without a code of ±448}; or `wanted`, if it is given.
+
+    Raises FormatError where no map is clearly best, or where `wanted` does not fit.
+    """
     if wanted is not None:
         if wanted not in counts:
             raise FormatError(f"K/V scales: {wanted} does not fit their shapes; possible: {', '.join(counts)}")
         return wanted
     told = ", ".join(f"{name} leaves {count:,}" for name, count in counts.items())
-    # Blocks have 128 rows by the config, so that 96 must be clearly better to be believed, while it refutes no other.
+    # By the config blocks have 128 rows: rows/96 is chosen only where it is clearly better, and excludes no other map.
     believable = [name for name in counts if name != "rows/96"]
     best = min(believable, key=counts.get, default=None)
     if "rows/96" in counts and (best is None or counts["rows/96"] + max(1, CLEARLY * cells) <= counts[best]):

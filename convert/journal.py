@@ -1,7 +1,7 @@
-"""What a conversion has finished, so that a killed one goes on where it was.
+"""The journal of the files that a conversion has finished, by which the same command goes on after an interruption.
 
-One JSON object a line: first what is converted and how, then one line for each finished file. A line that was cut
-short is a file that was not finished. The directory itself is locked while a converter works in it.
+It has one JSON object a line: the job first, then a line for each finished file. A file whose line was cut short counts
+as not finished. The directory is locked while a converter works in it.
 """
 
 import fcntl
@@ -18,7 +18,10 @@ NAME = "mlx_mimo-journal.jsonl"
 
 
 class DirectoryLock:
-    """Held by one process at a time; the system lets go when the process ends, however it ends."""
+    """A lock that one process holds at a time; the system releases it when the process ends, however that happens.
+
+    Raises MimoError where another process holds it.
+    """
 
     def __init__(self, directory: Path):
         self._handle = os.open(directory, os.O_RDONLY)
@@ -36,7 +39,7 @@ class DirectoryLock:
 
 
 class Journal:
-    """The journal of `directory`. `job` says what is converted and how; a journal of another job is refused."""
+    """The journal of `directory`. `job` is what is converted and how. Raises MimoError for a journal of another job."""
 
     def __init__(self, directory: Path, job: dict):
         self.path = directory / NAME
@@ -49,7 +52,7 @@ class Journal:
                 report = Report(**line)
                 if self._still_there(directory, report):
                     self.finished[report.name] = report
-        # Written anew, so that nothing follows a line that was cut short.
+        # The journal is rewritten, so that no line is appended to one that was cut short.
         part = self.path.with_name(NAME + PART)
         with open(part, "w", encoding="utf-8") as file:
             for line in (job, *(asdict(report) for report in self.finished.values())):
@@ -60,7 +63,7 @@ class Journal:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close or remove
 
     def add(self, report: Report) -> None:
-        """Called when the file has its name; on the disk when this returns."""
+        """Adds a file that has been written and named. The journal is on the disk when this returns."""
         self._file.write(json.dumps(asdict(report)) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())

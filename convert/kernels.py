@@ -1,4 +1,4 @@
-"""Quantization kernels for the CPU, bit for bit what `mx.quantize` gives for the bfloat16-rounded weights.
+"""Quantisation kernels for the CPU: bit for bit what `mx.quantize` gives for the bfloat16-rounded weights.
 
 Compiled by numba on first use and kept in its cache. They release the interpreter lock: threads run them side by side.
 """
@@ -51,7 +51,7 @@ def round_bfloat16(bits, out):
 
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
 def _extremes(values):
-    """The flags let the loop use vector minima; NaN is refused before, and the sign of a zero does not matter here."""
+    """(smallest, largest). The flags allow vector minima: NaN was refused before, and a zero's sign does not matter."""
     low = high = values[0]
     for value in values:
         low = min(low, value)
@@ -61,7 +61,7 @@ def _extremes(values):
 
 @njit(nogil=True, cache=True)
 def _pack(codes, bits, out):
-    """`bits` of every code, least significant first, as one stream of bytes."""
+    """Writes `bits` bits of every code into `out`, the least significant first, as one stream of bytes."""
     if bits == 8:
         out[:] = codes
     elif bits == 4:
@@ -81,8 +81,8 @@ def _pack(codes, bits, out):
 
 @njit(nogil=True, cache=True)
 def quantize_affine(bits_in, group, bits, packed, scales, biases):
-    """Weights (R, C) float32, given as uint32, to `packed` (R, C·bits/8) uint8 and, as bfloat16 bits, `scales` and
-    `biases` (R, C/group) uint16.
+    """Quantises weights (R, C) float32, given as uint32, into `packed` (R, C·bits/8) uint8 and, as bfloat16 bits,
+    `scales` and `biases` (R, C/group) uint16.
 
     Returns the sums of squared error and of squared weights, both against the float32 weights.
     """
@@ -136,7 +136,7 @@ def quantize_affine(bits_in, group, bits, packed, scales, biases):
 
 @njit(nogil=True, cache=True)
 def quantize_mxfp4(bits_in, packed, scales):
-    """Weights (R, C) float32, given as uint32, to E2M1 nibbles `packed` (R, C/2) uint8 and E8M0 `scales` (R, C/32)
+    """Quantises weights (R, C) float32, given as uint32, into E2M1 `packed` (R, C/2) uint8 and E8M0 `scales` (R, C/32)
     uint8.
 
     Returns the sums of squared error and of squared weights, both against the float32 weights.
@@ -157,7 +157,7 @@ def quantize_mxfp4(bits_in, packed, scales):
                 rounded_bits[i] = _round_bfloat16(bits_in[r, begin + i])
             low, high = _extremes(rounded)
             one[0] = max(abs(low), abs(high)) / np.float32(6)
-            # The smallest power of two that is not below: the largest magnitude is never cut off.
+            # The smallest power of two that is not below it, so that the largest magnitude is never clipped.
             exponent = min(int((one_bits[0] + np.uint32(0x7FFFFF)) >> np.uint32(23)), 254) - 127
             if one[0] == 0:
                 exponent = 0

@@ -1,4 +1,4 @@
-"""Float32 weights to stored bytes: by numba kernels, or by MLX where numba is absent (on a Mac the GPU)."""
+"""Encodes float32 weights as stored bytes: by numba kernels, or by MLX where numba is absent (on a Mac on the GPU)."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from mlx_mimo.checkpoint.quantization import Quantization
 
 @dataclass(frozen=True)
 class Encoded:
-    """The stored parts of some rows of a matrix, and how far they are from the weights."""
+    """The stored parts of some rows of a matrix, and the sums of squares that give their relative error."""
 
     parts: dict[str, np.ndarray]  # weight, scales, biases → bytes as stored, row by row
     squared_error: float
@@ -25,7 +25,7 @@ def kernels_available() -> bool:
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
-    """uint16 of the nearest bfloat16, ties to even; NaN does not occur."""
+    """float32 → uint16: the bits of the nearest bfloat16, ties to even. The values must not be NaN."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
@@ -35,7 +35,7 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def encode(values: np.ndarray, quantization: Quantization | None) -> Encoded:
-    """(R, C) float32 → what is stored: their bfloat16 where `quantization` is None, else the quantised bfloat16."""
+    """Encodes (R, C) float32: as bfloat16 where `quantization` is None, else their bfloat16 quantised."""
     if quantization is None:
         bits = bfloat16(values)
         return Encoded({"weight": bits}, *_errors(values, from_bfloat16(bits)))

@@ -1,6 +1,6 @@
-"""Writes one output file: pieces are read and computed by threads, and written in order under another name.
+"""Writes one output file: threads read and compute its pieces, which are written in order under a temporary name.
 
-A file gets its own name only when it is whole and flushed to the disk.
+The file gets its own name when it is whole and flushed to the disk.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from mlx_mimo.errors import MimoError
 from .quantize import Encoded
 
 PART = ".part"
-STAGED = "fetched-"  # before the name of a file that was fetched and will be deleted: no model*.safetensors
-FLUSH_BYTES = 1 << 26  # after so many the disk is set to work, so that it does not begin when the file is whole
+STAGED = "fetched-"  # prefix of a fetched file's name, so that mlx-lm does not load it
+FLUSH_BYTES = 1 << 26  # after so many bytes a flush begins, so that little is left when the file is whole
 PIECE_ELEMENTS = 1 << 21  # of a matrix, at most: what one thread holds as float32 is 8 MiB
 
 
 @dataclass
 class Report:
-    """What is known of a finished file; all of it goes into the journal and from there into the manifest."""
+    """What the journal, and later the manifest, records of a finished file."""
 
     name: str
     nbytes: int
@@ -51,7 +51,7 @@ def row_ranges(item: Item) -> list[tuple[int, int]]:
 
 
 def in_order(pool: ThreadPoolExecutor, calls: Iterator[Callable], ahead: int) -> Iterator:
-    """The calls' results in their order, at most `ahead` of them under way or waiting."""
+    """Yields the results of the calls in their order; at most `ahead` of them run or wait in the pool."""
     waiting: deque[Future] = deque()
     try:
         for call in calls:
@@ -66,7 +66,7 @@ def in_order(pool: ThreadPoolExecutor, calls: Iterator[Callable], ahead: int) ->
 
 
 class FileWriter:
-    """Appends to `directory/name.part` and counts and hashes what it writes."""
+    """Writes `directory/name.part`, counts and hashes its bytes, and renames it when it is finished."""
 
     def __init__(self, directory: Path, name: str):
         self.path = directory / name
@@ -91,7 +91,7 @@ class FileWriter:
             self._flush = self._flusher.submit(os.fsync, self._file.fileno())
 
     def _wait(self) -> None:
-        """For the flush under way; raises what it raised."""
+        """Waits for the flush under way. Raises what it raised."""
         if self._flush is not None:
             self._flush.result()
 
@@ -112,7 +112,7 @@ class FileWriter:
 
 
 def flush_directory(directory: Path) -> None:
-    """Makes renames in it last through a power cut."""
+    """Makes the renames in a directory survive a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -121,7 +121,7 @@ def flush_directory(directory: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """A small file, seen either whole or not at all."""
+    """Writes a small file, which other processes see either whole or not at all."""
     writer = FileWriter(path.parent, path.name)
     try:
         writer.write(data)
@@ -139,7 +139,7 @@ def write_file(
     ahead: int,
     advance: Callable[[int], None] = lambda written_bytes: None,
 ) -> Report:
-    """Writes `output` into `directory`. `compute(item, begin, end)` runs in the pool's threads.
+    """Writes `output` into `directory` and returns its Report. `compute(item, begin, end)` runs in the pool's threads.
 
     Raises what `compute` raises, and MimoError where the disk is full; the partial file is removed then.
     """
@@ -188,7 +188,7 @@ def write_file(
 
 
 def source_names(output: OutputFile, weight_map: dict[str, str]) -> set[str]:
-    """The source files that an output file is made from."""
+    """The names of the source files that an output file is made from."""
     files = set()
     for item in output.items:
         files.add(weight_map[item.source.name])

@@ -1,4 +1,4 @@
-"""`python -m mlx_mimo.plan`: does it fit, and how fast, before any download."""
+"""`python -m mlx_mimo.plan`: prints whether a model fits and how fast it is, before any download."""
 
 import argparse
 import json

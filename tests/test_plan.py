@@ -1,4 +1,4 @@
-"""plan: does it fit and how fast, from config.json alone."""
+"""plan: whether a model fits and how fast it is, from config.json alone."""
 
 import json
 import subprocess
@@ -58,7 +58,7 @@ def test_choices_on_seven_machines(gib, disk, bandwidth, recipe, slots, chunk, d
 
 @pytest.mark.parametrize(("kernels", "slots", "decode"), [(True, 3359, 1.37), (False, 3000, 1.28)])
 def test_choices_on_a_cpu(monkeypatch, kernels, slots, decode):
-    """64 GiB, two memory channels, a good SSD. Without the kernels scales and trunk are float32."""
+    """64 GiB, two memory channels, a fast SSD. Without the kernels scales and trunk are in float32."""
     monkeypatch.setattr("mlx_mimo.planning.backend.kernels_available", lambda: kernels)
     machine = imagined("cpu", 64 * GIB, 3e9, 40e9, backend="cpu")
     planned = make_plan(subject_of(None, "4bit"), ARGS, 32768, machine)
@@ -88,7 +88,7 @@ def test_json_of_the_released_model_needs_no_download(capsys):
     assert all(row["decode_tps"] > speed["expected"] for row in fields["would_help"])
 
 
-def test_a_machine_too_small_is_said_to_be(capsys):
+def test_plan_refuses_a_machine_that_is_too_small(capsys):
     fields = run_plan(capsys, "--memory", "16GB")
     assert fields["exit"] == 1
     assert not fields["fits"]
@@ -96,7 +96,7 @@ def test_a_machine_too_small_is_said_to_be(capsys):
     assert any(row["what"].startswith("more memory") for row in fields["would_help"])
 
 
-def test_the_plan_of_a_converted_directory_is_what_lies_there(capsys):
+def test_the_plan_of_a_converted_directory_measures_its_files(capsys):
     directory = converted_directory()
     fields = run_plan(capsys, "--model", directory, "--context", 1000, "--memory", "64GB", "--ssd", "6GB/s")
     assert fields["recipe"] == "4bit"
@@ -112,7 +112,7 @@ def test_a_directory_with_nothing_but_config_is_enough(tmp_path, capsys):
     assert only_config["bytes"] == whole["bytes"]
 
 
-def test_every_common_mac_has_a_row(capsys):
+def test_the_table_has_a_row_for_every_common_mac(capsys):
     assert plan(build_parser().parse_args(["--all", "--recipe", "2bit"])) == 0
     text = capsys.readouterr().out
     assert all(machine.name in text for machine in MACS)
@@ -127,7 +127,7 @@ def test_the_text_names_what_is_assumed_and_what_would_help(capsys):
         assert words in text
 
 
-def test_what_would_help_is_named_by_how_much():
+def test_advice_is_ordered_by_the_speed_it_gives():
     subject, machine = subject_of(None, "4bit"), mac(48, 6.0, 273)
     now = make_plan(subject, ARGS, 32768, machine)
     helps = advice(subject, ARGS, 32768, now)
@@ -139,7 +139,7 @@ def test_what_would_help_is_named_by_how_much():
     assert not [text for text, _ in advice(subject, ARGS, 32768, resident) if "memory" in text or "disk" in text]
 
 
-def test_more_of_anything_is_never_slower():
+def test_more_memory_or_a_faster_disk_is_never_slower():
     subject = subject_of(None, "4bit")
     previous = 0.0
     for gib in (24, 32, 36, 48, 64, 96, 128, 192, 256):
@@ -152,7 +152,7 @@ def test_more_of_anything_is_never_slower():
     assert speeds == sorted(set(speeds))
 
 
-def test_the_hit_curve_meets_what_was_published():
+def test_the_assumed_hit_rates_agree_with_the_published_ones():
     assert 0.64 <= hit_rate(0.125).low <= hit_rate(0.125).high <= 0.71
     assert 0.80 <= hit_rate(0.25).low <= hit_rate(0.25).high <= 0.87
     assert hit_rate(1.0).expected == 1.0
@@ -162,8 +162,8 @@ def test_the_hit_curve_meets_what_was_published():
         assert values == sorted(values)
 
 
-def test_the_arithmetic_of_a_token():
-    """At 0.9 hits, 5.32 GB a token with nothing resident and 10 GB/s, reading alone takes 53 ms."""
+def test_the_bytes_a_token_reads_are_those_of_the_released_model():
+    """A token uses 5.32 GB of experts; at a hit rate of 0.9 and 10 GB/s reading takes 53 ms."""
     subject, machine = subject_of(None, "4bit"), mac(128, 10.0, 546)
     budget = subject.budget(ARGS, 32768, machine)
     found = forecast(ARGS, budget, machine, budget.experts // 2, 2048)
@@ -193,7 +193,7 @@ def test_a_trace_replaces_the_assumed_hit_rate(tmp_path, capsys):
         run_plan(capsys, "--trace", trace, "--memory", "64GB")
 
 
-def test_the_source_of_the_hit_rate_is_said(tmp_path, capsys):
+def test_the_assumptions_name_the_source_of_the_hit_rate(tmp_path, capsys):
     trace = write_trace(tmp_path / "trace.bin")
     base = ("--model", converted_directory(), "--context", 1000, "--memory", "64GB", "--expert-memory", "120kB")
     assumed, known = (run_plan(capsys, *base, *more)["assumptions"] for more in ((), ("--trace", trace)))
@@ -203,7 +203,7 @@ def test_the_source_of_the_hit_rate_is_said(tmp_path, capsys):
 
 
 def test_with_everything_resident_a_trace_reads_nothing(tmp_path, capsys):
-    """Its cold misses belong to a pool that is empty at first; what was read before the first token is never missed."""
+    """The trace's cold misses are those of an empty pool; here all experts are read before the first token."""
     trace = write_trace(tmp_path / "trace.bin", calls=2)
     fields = run_plan(capsys, "--model", converted_directory(), "--context", 1000, "--memory", "64GB", "--trace", trace)
     assert fields["experts"]["all_resident"]
@@ -211,7 +211,7 @@ def test_with_everything_resident_a_trace_reads_nothing(tmp_path, capsys):
     assert fields["forecast"]["disk_bytes_per_token"]["high"] == 0
 
 
-def test_a_trace_that_is_none_is_an_error_and_no_verdict_on_the_memory(tmp_path, capsys):
+def test_plan_rejects_a_file_that_is_not_a_trace(tmp_path, capsys):
     base = ("--model", converted_directory(), "--context", 1000, "--memory", "64GB")
     (tmp_path / "damaged.bin").write_bytes(b"not a trace at all")
     for name, message in (("missing.bin", "cannot be read"), ("damaged.bin", "not a routing trace")):
@@ -236,8 +236,8 @@ def test_a_trace_is_read_once_and_simulated_once_for_each_size(tmp_path, monkeyp
     assert len(runs) == 2 * len(set(runs)) < 2 * len(MACS)  # LFU and LRU; Macs of one memory have the same slots
 
 
-def test_advice_keeps_to_the_memory_and_the_trace_that_were_given(tmp_path, capsys):
-    """With 20 GB for experts, more memory changes nothing; with a trace, what helps is told by its hits."""
+def test_advice_uses_the_given_expert_memory_and_trace(tmp_path, capsys):
+    """With 20 GB for experts more memory changes nothing; with a trace its hit rates decide."""
     base = ("--memory", "64GB", "--ssd", "6GB/s", "--bandwidth", "273GB/s")
     assert any("more memory" in row["what"] for row in run_plan(capsys, *base)["would_help"])
     fixed = run_plan(capsys, *base, "--expert-memory", "20GB")
@@ -254,8 +254,8 @@ def test_advice_keeps_to_the_memory_and_the_trace_that_were_given(tmp_path, caps
 # How much is needed
 
 
-def test_a_size_fits_only_with_all_that_goes_with_it(capsys):
-    """24 GB free, of which 18 go into experts: trunk, caches and activations do not go into the rest."""
+def test_a_size_for_experts_must_leave_room_for_everything_else(capsys):
+    """Of 24 GB 18 are asked for experts; trunk, caches and activations exceed the rest."""
     base = ("--memory", "40GB", "--available", "24GB")
     fields = run_plan(capsys, *base, "--expert-memory", "18GB")
     assert (fields["exit"], fields["fits"]) == (1, False)
@@ -265,8 +265,8 @@ def test_a_size_fits_only_with_all_that_goes_with_it(capsys):
     assert least["bytes"]["total"] <= 24 * GB
 
 
-def test_a_size_that_loading_would_accept_is_no_refusal_of_a_small_machine(capsys):
-    """auto leaves the system 4 GB; who names a size has decided for himself."""
+def test_plan_accepts_a_size_on_a_small_machine_as_load_does(capsys):
+    """auto leaves 4 GB to the system; a size that the user gives is granted."""
     base = ("--memory", "16GB", "--available", "11GB")
     assert not run_plan(capsys, *base)["fits"]
     fields = run_plan(capsys, *base, "--expert-memory", "3GB")
@@ -275,7 +275,7 @@ def test_a_size_that_loading_would_accept_is_no_refusal_of_a_small_machine(capsy
     assert fields["chunk"] == 512
 
 
-def test_what_is_missing_is_said_once_and_not_twice(capsys):
+def test_a_refusal_counts_the_systems_memory_once(capsys):
     refusal = run_plan(capsys, "--memory", "16GB")["refusal"]
     assert "7.5 GB are needed before the first expert, and 4.0 GB are left to the system" in refusal
 
@@ -311,7 +311,7 @@ EXPERTS = "model.layers.2.mlp.switch_mlp."
         ({"group_size": 64, "bits": 4, f"{EXPERTS}down_proj": {"group_size": 64, "bits": 6}}, None),
     ],
 )
-def test_what_mlx_lm_quantised_is_planned_with_its_bits(tmp_path, capsys, quantization, recipe):
+def test_a_directory_that_mlx_lm_quantised_is_planned_with_its_recipe(tmp_path, capsys, quantization, recipe):
     arguments = ("--model", quantised(tmp_path, quantization), "--context", 1000, "--memory", "64GB")
     if recipe is None:
         with pytest.raises(UsageError, match="give --recipe"):
@@ -324,7 +324,7 @@ def test_what_mlx_lm_quantised_is_planned_with_its_bits(tmp_path, capsys, quanti
 
 
 def test_stacked_experts_must_all_fit(tmp_path, capsys):
-    """A directory as mlx-lm writes it cannot stream, so plan says what loading would say."""
+    """A directory of mlx-lm's cannot stream, so plan refuses it as load does."""
     directory = stacked_directory(tmp_path)
     fields = run_plan(capsys, "--model", directory, "--memory", "64GB")
     assert (fields["recipe"], fields["experts"]["all_resident"]) == ("4bit", True)
@@ -364,16 +364,16 @@ def test_another_model_is_refused(tmp_path):
         plan(build_parser().parse_args(["--model", str(tmp_path)]))
 
 
-def test_a_model_with_a_short_context_is_planned_with_that(capsys):
+def test_the_default_context_is_at_most_the_models_maximum(capsys):
     assert run_plan(capsys, "--model", converted_directory(), "--memory", "64GB")["context"] == 4096
 
 
-def test_context_in_thousands():
+def test_context_is_parsed_in_units_of_1024():
     assert (tokens("32k"), tokens("4096")) == (32768, 4096)
 
 
 def test_this_machine_is_planned_without_mlx():
-    """Also: well under a second of work, which importing MLX or transformers would not leave."""
+    """Importing MLX or transformers would take most of a second."""
     code = (
         "import sys; sys.argv = ['plan', '--json', '--context', '4k']; "
         "from mlx_mimo.plan import main; main(); "
@@ -385,13 +385,13 @@ def test_this_machine_is_planned_without_mlx():
     assert json.loads(result.stdout)["machine"]["memory"] > 0
 
 
-def test_every_mac_knows_its_chip():
+def test_every_mac_of_the_table_has_its_chips_bandwidth():
     assert all(machine.bandwidth / GB in CHIP_BANDWIDTH.values() for machine in MACS)
     assert next(m for m in MACS if "M4 Max" in m.name).bandwidth == 546 * GB
     assert next(m for m in MACS if m.name.startswith("MacBook Pro M5 32")).bandwidth == 153 * GB
 
 
-def test_a_disk_is_measured_on_the_files_themselves(tmp_path):
+def test_disk_speed_is_measured_on_the_models_files(tmp_path):
     path = tmp_path / "model.bin"
     path.write_bytes(bytes(1 << 20))
     assert read_speed([path], seconds=0.05, piece=1 << 16) > 0

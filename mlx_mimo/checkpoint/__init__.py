@@ -1,1 +1,1 @@
-"""The files on disk: what a converted directory holds, and how its bytes are laid out. No MLX."""
+"""The files on disk: what a model directory holds, how its bytes are laid out, what is wrong with it. No MLX."""

@@ -1,1 +1,1 @@
-"""What fits, and how fast, on which machine. MLX is asked only for a GPU's limits."""
+"""Plans: whether a model fits on a machine and how fast it is. MLX is imported only for a GPU's limits."""

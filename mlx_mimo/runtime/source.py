@@ -1,4 +1,4 @@
-"""What a `--model` argument names, and how it becomes a converted directory."""
+"""Finds the converted directory that a `--model` argument names, fetching or converting it where needed."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from ..units import format_size
 
 
 def find(model: str | Path | None) -> Directory:
-    """The converted directory that `model` names: None is the demo, else a directory or a Hub repo.
+    """The converted directory that `model` names: None names the demo, else it is a directory or a Hub repo.
 
     A Hugging Face FP8 directory is offered for conversion in a terminal; elsewhere the command is named.
     Raises FormatError, MimoError or UsageError.

@@ -1,4 +1,4 @@
-"""Safetensors headers: whatever a file holds, there is a checked header or our one error."""
+"""Safetensors headers: every file gives a checked header or raises FormatError."""
 
 import json
 
@@ -25,7 +25,7 @@ def changed(name: str, **fields) -> dict:
     return GOOD | {name: GOOD[name] | fields}
 
 
-def test_a_good_file(tmp_path):
+def test_a_good_file_is_read(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(file_bytes(GOOD))
     header = read_header(path)
@@ -75,7 +75,7 @@ def test_tensors_of_no_bytes_are_tensors(tmp_path):
         (file_bytes(b'{"a": {}, "a": {}}', 0), "stands twice"),
     ],
 )
-def test_damage_is_named(tmp_path, content, said):
+def test_a_damaged_file_is_refused_by_its_name(tmp_path, content, said):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(FormatError, match=said) as caught:
@@ -120,19 +120,19 @@ fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 @fuzz
 @given(content=st.binary(max_size=200))
-def test_any_bytes(tmp_path, content):
+def test_any_bytes_give_a_header_or_a_format_error(tmp_path, content):
     header_or_our_error(tmp_path / "x.safetensors", content)
 
 
 @fuzz
 @given(fields=HEADERS, data=st.integers(0, 64))
-def test_any_header(tmp_path, fields, data):
+def test_any_json_header_gives_a_header_or_a_format_error(tmp_path, fields, data):
     header_or_our_error(tmp_path / "x.safetensors", file_bytes(fields, data))
 
 
 @fuzz
 @given(edits=st.lists(st.tuples(st.integers(0, 250), st.integers(0, 255)), max_size=4), cut=st.integers(0, 300))
-def test_a_good_file_with_some_bytes_changed_or_cut_off(tmp_path, edits, cut):
+def test_a_file_with_bytes_changed_or_cut_off_gives_a_header_or_a_format_error(tmp_path, edits, cut):
     content = bytearray(file_bytes(GOOD))
     for place, value in edits:
         content[place % len(content)] = value
@@ -141,7 +141,7 @@ def test_a_good_file_with_some_bytes_changed_or_cut_off(tmp_path, edits, cut):
 
 @fuzz
 @given(text=st.text(max_size=80))
-def test_any_text_as_header(text):
+def test_any_text_as_header_gives_a_header_or_a_format_error(text):
     try:
         parse_header("x.safetensors", text.encode("utf-8", "surrogatepass"), None)
     except FormatError as error:
@@ -168,13 +168,13 @@ def header_bytes(text: str) -> bytes:
         '{"a" : {FIRST}, "a" : {SECOND}}',
     ],
 )
-def test_a_key_that_stands_twice_is_refused_however_it_is_spelled(text):
+def test_a_duplicate_key_is_refused_however_it_is_escaped(text):
     with pytest.raises(FormatError, match="stands twice"):
         parse_header("model.safetensors", header_bytes(text), None)
 
 
 @pytest.mark.parametrize("name", ["dtype", "a:b", '\\"a\\":', "shape"])
-def test_names_and_values_that_look_like_keys_are_no_doubles(name):
-    """They make counting undecided, and the slow way decides."""
+def test_names_and_values_that_look_like_keys_are_not_taken_for_duplicates(name):
+    """The counts of keys differ then, so the parser with the duplicate-key hook decides."""
     text = '{"__metadata__":{"data_offsets":"dtype"},"NAME":{FIRST}}'.replace("NAME", name)
     assert len(parse_header("model.safetensors", header_bytes(text), None).tensors) == 1

@@ -11,7 +11,7 @@ HEAD = "lm_head"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "bf16"])
-def test_what_is_no_expert_keeps_8_bits(name):
+def test_matrices_outside_experts_have_8_bits_in_every_recipe(name):
     assert named(name).of(HEAD) == Quantization(8, 64)
     assert named(name).of("model.layers.0.mlp.gate_proj") == Quantization(8, 64)
 
@@ -20,24 +20,24 @@ def test_what_is_no_expert_keeps_8_bits(name):
     ("name", "up", "down"),
     [("4bit", 4, 4), ("6bit", 6, 6), ("5bit", 5, 5), ("mixed-3-4", 3, 4), ("mixed-2-3", 2, 3), ("2bit", 2, 2)],
 )
-def test_named(name, up, down):
+def test_each_recipe_gives_experts_its_bits(name, up, down):
     assert named(name).of(UP) == Quantization(up, 64)
     assert named(name).of(DOWN) == Quantization(down, 64)
 
 
-def test_bf16_and_mxfp4():
+def test_bf16_quantizes_nothing_and_mxfp4_quantizes_experts():
     assert named("bf16").of(UP) is None
     assert named("mxfp4").of(UP) == Quantization(4, 32, "mxfp4")
 
 
-def test_flags_set_the_experts():
+def test_flags_override_the_experts_quantization():
     recipe = named("4bit", q_bits=3, q_group_size=32)
     assert recipe.of(UP) == Quantization(3, 32)
     assert recipe.of(HEAD) == Quantization(8, 32)
     assert named("4bit", q_mode="mxfp4").of(DOWN) == Quantization(4, 32, "mxfp4")
 
 
-def test_first_matching_rule_of_a_file_decides(tmp_path):
+def test_the_first_matching_rule_of_a_recipe_file_decides(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
         '[[rule]]\npattern = "*.layers.1.mlp.experts.*"\nkeep = true\n'
@@ -66,14 +66,14 @@ def test_first_matching_rule_of_a_file_decides(tmp_path):
         ("[[rule", "not TOML"),
     ],
 )
-def test_files_that_are_wrong(tmp_path, text, said):
+def test_a_wrong_recipe_file_is_refused(tmp_path, text, said):
     path = tmp_path / "wrong.toml"
     path.write_text(text)
     with pytest.raises(UsageError, match=said):
         named(str(path))
 
 
-def test_a_recipe_file_converts(tmp_path):
+def test_a_recipe_file_is_applied_by_convert(tmp_path):
     from converted import fp8_directory
     from mlx_lm import load
 

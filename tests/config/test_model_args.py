@@ -1,4 +1,4 @@
-"""config.json: what is accepted, and one clear line for each thing that is not."""
+"""config.json: the fields that are accepted, and a one-line error for each that is not."""
 
 import dataclasses
 import subprocess
@@ -63,7 +63,7 @@ def test_the_window_can_be_set():
     ],
     ids=lambda more: ",".join(more),
 )
-def test_what_else_may_stand_there(more):
+def test_fields_that_do_not_change_the_computation_are_accepted(more):
     ModelArgs.from_dict(checkpoints.tiny_config() | more)
 
 
@@ -117,7 +117,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("field", "value"), REFUSED, ids=[f"{field}={value}" for field, value in REFUSED])
-def test_refused_by_name_in_one_line(field, value):
+def test_a_wrong_field_is_refused_by_its_name_in_one_line(field, value):
     with pytest.raises(FormatError) as error:
         ModelArgs.from_dict(checkpoints.tiny_config() | {field: value})
     message = str(error.value)
@@ -139,11 +139,11 @@ def test_a_missing_field_is_named(field):
         ModelArgs.from_dict(config)
 
 
-def test_a_config_that_is_no_object_is_refused():
+def test_a_config_that_is_not_an_object_is_refused():
     with pytest.raises(FormatError, match=r"config\.json: a JSON object expected, list found"):
         ModelArgs.from_dict([])
 
 
-def test_needs_no_mlx():
+def test_model_args_does_not_import_mlx():
     code = "import sys, mlx_mimo.config.model_args; sys.exit('mlx' in sys.modules or 'mlx.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -27,7 +27,7 @@ STOCK = [sys.executable, "-m", "mlx_lm", "convert", "-q"]
 
 
 def bench_config(experts: int, moe_layers: int) -> dict:
-    """Experts as released; the trunk small, so that experts are nearly all of it as they are there."""
+    """Experts as released and a small trunk, so that experts are nearly all bytes, as in the release."""
     return checkpoints.tiny_config(
         hidden_size=4096,
         moe_intermediate_size=2048,
@@ -39,7 +39,7 @@ def bench_config(experts: int, moe_layers: int) -> dict:
 
 
 def write(directory: Path, config: dict) -> int:
-    """A checkpoint of random codes; returns its bytes. One file is held in memory at a time."""
+    """Writes a checkpoint of random codes, file by file, and returns its bytes."""
     hidden, inner, rng = config["hidden_size"], config["moe_intermediate_size"], np.random.default_rng(0)
     small = config | {"n_routed_experts": 1, "moe_intermediate_size": 64}
     checkpoints.write_checkpoint(directory, small, mtp=False)
@@ -80,7 +80,7 @@ def _widen_router(path: Path, layer: int, experts: int, hidden: int) -> None:
 
 
 def measure(command: list[str], source: Path, target: Path) -> dict:
-    """Seconds and peak resident memory of one conversion; what it wrote is deleted."""
+    """{"seconds", "peak resident memory"} of one conversion, whose output is deleted."""
     os.sync()
     begin = time.perf_counter()
     process = subprocess.Popen(

@@ -19,7 +19,7 @@ def _half(file_writer: writer.FileWriter, data) -> None:
 
 
 def die_at(call: int) -> None:
-    """The process kills itself in its `call`-th write, flush or rename; a write is half done then."""
+    """Makes the process kill itself in its `call`-th write, flush or rename, in the middle of a write."""
     count = 0
 
     def counted(function, torn=None):
@@ -41,7 +41,7 @@ def die_at(call: int) -> None:
 
 
 def attempt(source: Path, target: Path, call: int) -> bool:
-    """Whether the conversion came to its end before the `call`-th call."""
+    """Whether the conversion ended before the `call`-th call."""
     child = os.fork()
     if child == 0:
         try:

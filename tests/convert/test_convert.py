@@ -1,4 +1,4 @@
-"""A checkpoint in, a directory out: what is written, and that unmodified mlx-lm reads it."""
+"""Converting a checkpoint: what is written, and that unmodified mlx-lm reads it."""
 
 import json
 
@@ -16,7 +16,7 @@ from mlx_mimo.convert.quantize import bfloat16
 
 
 def stored_value(tensors: dict, name: str, quantization: dict) -> np.ndarray:
-    """float32 of a weight as mlx-lm would dequantise it."""
+    """A weight as float32, dequantised as mlx-lm does."""
     base = name.removesuffix(".weight")
     dtype, array = tensors[name]
     if dtype != "U32":
@@ -36,7 +36,7 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("recipe", "expert_error"), [("4bit", 0.11), ("8bit", 0.01), ("mxfp4", 0.14), ("bf16", 0.003)])
-def test_every_weight_comes_back(recipe, expert_error):
+def test_every_weight_is_stored_within_its_quantization_error(recipe, expert_error):
     directory = converted_directory(recipe)
     weights = checkpoints.random_weights(checkpoints.tiny_config())
     tensors = load_all(directory)
@@ -73,12 +73,12 @@ def test_expert_files_are_expert_major_and_begin_on_a_page():
         assert file.data_offset == ALIGNMENT
 
 
-def test_multi_token_prediction_keeps_8_bits():
+def test_multi_token_prediction_has_at_least_8_bits():
     tensors = load_all(converted_directory("2bit"))
     assert tensors["model.mtp.layers.2.mlp.up_proj.weight"][1].shape == (256, 128 // 4)
 
 
-def test_mlx_lm_loads_and_generates():
+def test_unmodified_mlx_lm_loads_and_generates():
     from mlx_lm import generate, load
 
     mx.random.seed(0)
@@ -90,7 +90,7 @@ def test_mlx_lm_loads_and_generates():
 
 
 @pytest.mark.parametrize("recipe", ["mixed-2-3", "mxfp4", "bf16", "5bit"])
-def test_mlx_lm_computes_with_every_form(recipe):
+def test_unmodified_mlx_lm_computes_with_every_recipe(recipe):
     from mlx_lm import load
 
     model, _ = load(str(converted_directory(recipe)))
@@ -100,7 +100,7 @@ def test_mlx_lm_computes_with_every_form(recipe):
 
 
 @pytest.mark.parametrize("hidden", [192, 320])
-def test_hidden_sizes_that_are_no_multiple_of_the_block(tmp_path, hidden):
+def test_hidden_sizes_that_are_not_a_multiple_of_the_block_convert(tmp_path, hidden):
     config = checkpoints.tiny_config(hidden_size=hidden, moe_intermediate_size=192, num_hidden_layers=2,
                                      hybrid_layer_pattern=[0, 1], moe_layer_freq=[0, 1])  # fmt: skip
     weights = checkpoints.write_checkpoint(tmp_path / "fp8", config, seed=3)
@@ -109,7 +109,7 @@ def test_hidden_sizes_that_are_no_multiple_of_the_block(tmp_path, hidden):
         np.testing.assert_array_equal(array, bfloat16(weights[name]) if dtype == "BF16" else weights[name], name)
 
 
-def test_scales_in_another_file_than_their_weight(tmp_path):
+def test_scales_are_found_in_another_file_than_their_weight(tmp_path):
     checkpoints.write_checkpoint(tmp_path / "fp8", checkpoints.tiny_config(), scattered_scales=True)
     convert_checkpoint(tmp_path / "fp8", tmp_path / "mlx", progress=False)
     assert (tmp_path / "mlx" / "model-trunk-00001.safetensors").read_bytes() == (
@@ -123,7 +123,7 @@ def test_files_that_the_index_does_not_name_are_not_read(tmp_path):
     convert_checkpoint(source, tmp_path / "mlx", progress=False)
 
 
-def test_manifest_says_what_lies_there():
+def test_the_manifest_has_size_and_sha256_of_every_file():
     directory = converted_directory()
     fields = json.loads((directory / "mlx_mimo.json").read_text())
     import hashlib
@@ -160,7 +160,7 @@ def test_flat_scales_are_recognised(tmp_path):
     np.testing.assert_array_equal(load_all(tmp_path / "mlx")[name][1], bfloat16(weights[name]))
 
 
-def test_the_wrong_map_by_hand_shows_in_the_weights(tmp_path):
+def test_a_wrong_map_that_is_asked_for_gives_wrong_weights(tmp_path):
     convert_checkpoint(fp8_directory(), tmp_path / "mlx", recipe="bf16", kv_scales="flat", progress=False)
     weights = checkpoints.random_weights(checkpoints.tiny_config())
     name = "model.layers.0.self_attn.v_proj.weight"
@@ -168,7 +168,7 @@ def test_the_wrong_map_by_hand_shows_in_the_weights(tmp_path):
     assert relative(found, weights[name]) > 0.2
 
 
-def test_misread_tensors_are_reported(tmp_path, capsys):
+def test_misread_tensors_are_warned_of(tmp_path, capsys):
     source = copy(fp8_directory(), tmp_path / "fp8")
     for layer in (1, 2):
         edit(source, f"model.layers.{layer}.self_attn.q_proj.weight", lambda codes: codes & 0xF7)  # no code is 0x7E now
@@ -176,7 +176,7 @@ def test_misread_tensors_are_reported(tmp_path, capsys):
     assert "sliding.q_proj: 12 of 12 scales have no ±448 code" in capsys.readouterr().err
 
 
-def test_command_line(tmp_path, capsys):
+def test_the_command_line_converts(tmp_path, capsys):
     arguments = ["--hf-path", str(fp8_directory()), "--mlx-path", str(tmp_path / "mlx"), "--q-bits", "3", "--quiet"]
     assert main(arguments) == 0
     config = json.loads((tmp_path / "mlx" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Scales to rows: partial blocks, the K/V chain, and telling the maps apart."""
+"""FP8 scales: partial blocks, the chain map of K and V, and the choice of the map."""
 
 import checkpoints
 import numpy as np
@@ -17,14 +17,14 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (200, 300), (64, 192), (1, 1), (257, 129)])
-def test_dequantises_exactly_with_partial_blocks(way, shape):
+def test_partial_blocks_are_dequantised_exactly(way, shape):
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     codes, cells = checkpoints.quantise(weight)
     values = fp8.dequantize(codes, fp8.aligned("w", shape, cells))
     np.testing.assert_array_equal(values, checkpoints.dequantise(codes, cells))
 
 
-def test_rows_from_the_middle_keep_their_scales(way):
+def test_rows_of_the_middle_are_dequantised_with_their_own_scales(way):
     weight = np.random.default_rng(0).standard_normal((400, 130)).astype(np.float32)
     codes, cells = checkpoints.quantise(weight)
     scales = fp8.aligned("w", weight.shape, cells)
@@ -32,7 +32,7 @@ def test_rows_from_the_middle_keep_their_scales(way):
     np.testing.assert_array_equal(part, fp8.dequantize(codes, scales)[100:300])
 
 
-def test_marks_cells_with_full_scale_codes(way):
+def test_cells_with_a_code_of_448_are_marked(way):
     codes = np.zeros((256, 200), np.uint8)
     codes[130, 199] = 0xFE
     found = np.zeros((2, 2), np.bool_)
@@ -54,7 +54,7 @@ def test_bad_scales_are_refused(bad):
         fp8.check_cells("w", np.array([[1, bad], [0, 1]], np.float32))
 
 
-def test_chain_map_is_the_exporters():
+def test_the_chain_map_is_the_one_the_exporter_used():
     for kv_heads in (1, 2, 4):
         k_map, v_map = fp8.kv_row_maps(kv_heads, 192, 128, 2 * kv_heads, kv_heads)["chain"]
         k_rows, v_rows = checkpoints.chain_rows(kv_heads)
@@ -62,7 +62,7 @@ def test_chain_map_is_the_exporters():
         np.testing.assert_array_equal(v_map, np.where(v_rows < 0, ~v_rows, v_rows + 2 * kv_heads))
 
 
-def test_chain_of_the_released_geometry_by_hand():
+def test_the_chain_map_of_the_released_geometry_by_hand():
     k_map, v_map = fp8.kv_row_maps(4, 192, 128, 8, 4)["chain"]
     assert (k_map[:128] == 0).all()
     assert (k_map[128:192] == 1).all()
@@ -72,12 +72,12 @@ def test_chain_of_the_released_geometry_by_hand():
     assert v_map[128] == 3
 
 
-def test_shapes_rule_maps_out():
+def test_maps_that_do_not_fit_the_shapes_are_left_out():
     assert "chain" not in fp8.kv_row_maps(4, 192, 128, 6, 4)
     assert set(fp8.kv_row_maps(4, 192, 128, 8, 4)) == {"chain", "flat", "rows/96"}
 
 
-def test_choice():
+def test_the_map_that_leaves_clearly_fewest_cells_is_chosen():
     assert fp8.choose({"chain": 0, "flat": 90, "rows/96": 40}, 384) == "chain"
     assert fp8.choose({"chain": 300, "flat": 2, "rows/96": 90}, 384) == "flat"
     assert fp8.choose({"chain": 48, "flat": 90, "rows/96": 0}, 384) == "rows/96"

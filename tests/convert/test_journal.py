@@ -1,4 +1,4 @@
-"""Killed, out of disk, disturbed: no work is lost, and what comes out is the same."""
+"""Interrupted conversions: killed or out of disk, they go on and give the same bytes."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from mlx_mimo.errors import MimoError
 
 
 class Stop(Exception):
-    """Stands for whatever ends a conversion early."""
+    """Raised to interrupt a conversion."""
 
 
 def same(found: Path, wanted: Path) -> bool:
@@ -27,7 +27,7 @@ def same(found: Path, wanted: Path) -> bool:
 
 
 def stop_after(monkeypatch, files: int, error: BaseException) -> None:
-    """The next conversion finishes `files` files of weights and fails within the one after."""
+    """Makes the next conversion fail after `files` files of weights, within the following one."""
     begun = 0
     write = writer.FileWriter.write
 
@@ -70,7 +70,7 @@ def test_finished_files_are_not_made_again(tmp_path, monkeypatch):
     assert same(target, converted_directory())
 
 
-def test_a_journal_line_cut_short_is_a_file_not_finished(tmp_path, monkeypatch):
+def test_a_file_whose_journal_line_was_cut_short_is_written_again(tmp_path, monkeypatch):
     target = tmp_path / "mlx"
     interrupted(monkeypatch, fp8_directory(), target)
     path = target / journal.NAME
@@ -79,7 +79,7 @@ def test_a_journal_line_cut_short_is_a_file_not_finished(tmp_path, monkeypatch):
     assert same(target, converted_directory())
 
 
-def test_full_disk(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_the_same_command_goes_on(tmp_path, monkeypatch):
     target = tmp_path / "mlx"
     with monkeypatch.context() as patch:
         stop_after(patch, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -93,7 +93,7 @@ def test_full_disk(tmp_path, monkeypatch):
     assert same(target, converted_directory())
 
 
-def test_full_disk_while_the_journal_is_written(tmp_path, monkeypatch):
+def test_a_disk_that_fills_while_the_journal_is_written_is_reported(tmp_path, monkeypatch):
     def full(self, report):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -105,7 +105,7 @@ def test_full_disk_while_the_journal_is_written(tmp_path, monkeypatch):
     assert same(tmp_path / "mlx", converted_directory())
 
 
-def test_too_little_space_is_known_before_the_first_byte(tmp_path, monkeypatch):
+def test_too_little_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(MimoError, match=r"0.0 GB to write, 0.0 GB free"):
@@ -113,7 +113,7 @@ def test_too_little_space_is_known_before_the_first_byte(tmp_path, monkeypatch):
     assert not list((tmp_path / "mlx").glob("*.safetensors*"))
 
 
-def test_a_source_file_that_changed_in_between_is_refused(tmp_path, monkeypatch):
+def test_a_source_file_that_changed_between_two_calls_is_refused(tmp_path, monkeypatch):
     source, target = copy(fp8_directory(), tmp_path / "fp8"), tmp_path / "mlx"
     interrupted(monkeypatch, source, target)
     edit(source, "model.layers.1.mlp.experts.0.up_proj.weight", lambda codes: codes ^ 1)
@@ -121,7 +121,7 @@ def test_a_source_file_that_changed_in_between_is_refused(tmp_path, monkeypatch)
         convert_checkpoint(source, target, progress=False)
 
 
-def test_a_damaged_source_file_may_be_fetched_again_while_nothing_came_of_it(tmp_path, monkeypatch):
+def test_a_source_file_that_nothing_was_made_from_may_be_replaced(tmp_path, monkeypatch):
     source, target = copy(fp8_directory(), tmp_path / "fp8"), tmp_path / "mlx"
     interrupted(monkeypatch, source, target)
     path = source / "model_3_linear_fc2.safetensors"
@@ -130,7 +130,7 @@ def test_a_damaged_source_file_may_be_fetched_again_while_nothing_came_of_it(tmp
     assert same(target, converted_directory())
 
 
-def test_a_source_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+def test_a_source_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     source = copy(fp8_directory(), tmp_path / "fp8")
     path = source / "model_2_linear_fc2.safetensors"
     write = writer.FileWriter.write

@@ -1,4 +1,4 @@
-"""The kernels against MLX: the same bits, the same values."""
+"""The converter's kernels give the bits and values that MLX gives."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,7 @@ pytest.importorskip("numba")
 
 
 def hard_weights() -> np.ndarray:
-    """(24, 512) float32 with what quantisers stumble on: constants, zeros, one sign, ties, tiny and huge values."""
+    """(24, 512) float32 with difficult rows: constants, zeros, one sign, ties, tiny and huge values."""
     rng = np.random.default_rng(0)
     w = (rng.standard_normal((24, 512)) * 0.02).astype(np.float32)
     w[0], w[1], w[2, :256], w[2, 256:] = 0.5, 0, 1e-9, -2
@@ -58,7 +58,7 @@ def test_without_numba_the_bytes_and_errors_are_the_same(quantization):
     assert by_kernel.squared_weight == pytest.approx(by_mlx.squared_weight, rel=1e-4)
 
 
-def test_error_is_that_of_the_stored_values():
+def test_the_error_is_measured_on_the_stored_values():
     w = hard_weights()
     encoded = quantize.encode(w, Quantization(4, 64))
     q, s, b = mx.quantize(mx.array(w).astype(mx.bfloat16), group_size=64, bits=4)

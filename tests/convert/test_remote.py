@@ -1,4 +1,4 @@
-"""Streaming from a Hub: a few files at a time, through dropped connections, to the same bytes."""
+"""Streaming from the Hub: a few files at a time, through dropped connections, to the same bytes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def same_weights(directory):
     assert left == {path.name for path in converted_directory().iterdir()}
 
 
-def test_the_result_is_that_of_a_local_checkpoint(served, tmp_path):
+def test_streaming_gives_the_bytes_of_a_local_conversion(served, tmp_path):
     assert main(["--hf-path", "test/mimo", "--mlx-path", str(tmp_path / "mlx"), "--stream", "--quiet"]) == 0
     same_weights(tmp_path / "mlx")
     fields = json.loads((tmp_path / "mlx" / "mlx_mimo.json").read_text())
@@ -40,7 +40,7 @@ def test_the_result_is_that_of_a_local_checkpoint(served, tmp_path):
 
 
 def test_without_stream_the_whole_repository_is_fetched_first(served, tmp_path):
-    """In a process of its own: the Hub's library reads its settings when it is imported."""
+    """Runs the converter in a process of its own, since the Hub's library reads its settings when imported."""
     settings = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "mlx_mimo.convert", "--hf-path", "test/mimo", "--mlx-path", str(tmp_path / "mlx")]
     subprocess.run([*command, "--quiet"], check=True, env=os.environ | settings, timeout=DEADLINE)
@@ -50,7 +50,7 @@ def test_without_stream_the_whole_repository_is_fetched_first(served, tmp_path):
     assert served.sent["model_1.safetensors"] == (fp8_directory() / "model_1.safetensors").stat().st_size
 
 
-def test_only_a_few_files_lie_there_at_a_time(served, tmp_path, monkeypatch):
+def test_streaming_keeps_only_a_few_files_at_a_time(served, tmp_path, monkeypatch):
     most = 0
     release = RemoteSource.release
 
@@ -65,7 +65,7 @@ def test_only_a_few_files_lie_there_at_a_time(served, tmp_path, monkeypatch):
     assert 0 < most <= 6 + 2
 
 
-def test_dropped_connections_are_taken_up_where_they_broke(served, tmp_path):
+def test_a_dropped_connection_is_resumed_where_it_broke(served, tmp_path):
     served.drop_after = {"model_1.safetensors": [150_000, 7], "model_mtp.safetensors": [1000, 0, 90_000]}
     convert_checkpoint(RemoteSource("test/mimo", staging=tmp_path / "mlx"), tmp_path / "mlx", progress=False)
     same_weights(tmp_path / "mlx")
@@ -74,7 +74,7 @@ def test_dropped_connections_are_taken_up_where_they_broke(served, tmp_path):
     assert resumed == ["bytes=0-", "bytes=150000-", "bytes=150007-"]
 
 
-def test_a_server_that_never_gets_through(served, tmp_path, capsys):
+def test_a_server_that_always_drops_the_connection_is_an_error(served, tmp_path, capsys):
     served.drop_after = {"model_mtp.safetensors": [0] * 20}
     arguments = ["--hf-path", "test/mimo", "--mlx-path", str(tmp_path / "mlx"), "--stream", "--quiet"]
     assert main(arguments) == 1
@@ -87,14 +87,14 @@ def test_a_server_that_never_gets_through(served, tmp_path, capsys):
     assert served.sent["model_1_linear_fc1.safetensors"] - sent < 20_000  # its header only: it was done
 
 
-def test_a_wrong_size(served, tmp_path, capsys):
+def test_a_file_of_another_size_than_its_header_says_is_refused(served, tmp_path, capsys):
     served.wrong_size = {"model_2_linear_fc2.safetensors": 5}
     assert main(["--hf-path", "test/mimo", "--mlx-path", str(tmp_path / "mlx"), "--stream", "--quiet"]) == 1
     assert "model_2_linear_fc2.safetensors: " in capsys.readouterr().err
     assert not (tmp_path / "mlx").exists()
 
 
-def test_a_size_that_changes(served):
+def test_a_file_that_changes_on_the_server_is_refused(served):
     source = RemoteSource("test/mimo")
     source.header("model_1.safetensors")
     served.wrong_size = {"model_1.safetensors": -1}
@@ -102,14 +102,14 @@ def test_a_size_that_changes(served):
         source.read("model.layers.1.input_layernorm.weight")
 
 
-def test_a_repository_that_is_not_there(served, capsys):
+def test_a_missing_repository_is_an_error(served, capsys):
     assert main(["--hf-path", "test/absent", "--stream"]) == 1
     assert "test/absent: not at http" in capsys.readouterr().err
     assert main(["--hf-path", str(fp8_directory()), "--stream"]) == 2
     assert not os.path.exists("mlx_model")
 
 
-def test_upload(tmp_path, monkeypatch):
+def test_the_result_can_be_uploaded(tmp_path, monkeypatch):
     calls = []
 
     class Api:

@@ -1,4 +1,4 @@
-"""mlx-lm's own directories become expert-major, with the same values, also when interrupted in place."""
+"""Repacking makes mlx-lm's directories expert-major with the same values, also when interrupted in place."""
 
 import json
 
@@ -18,12 +18,12 @@ from mlx_mimo.errors import MimoError, UsageError
 
 
 class Stop(Exception):
-    """Stands for whatever ends a repacking early."""
+    """Raised to interrupt a repacking."""
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """What unmodified mlx-lm makes of the checkpoint at 4 bits, in several files."""
+    """The checkpoint as unmodified mlx-lm converts it to 4 bits, in several files."""
     from mlx_lm import convert
 
     def small_shards(weights: dict) -> list[dict]:
@@ -58,7 +58,7 @@ def same_logits(a, b) -> None:
     np.testing.assert_array_equal(*logits)
 
 
-def test_a_bridge_stays_in_place_and_is_left_behind_else(stock, tmp_path):
+def test_the_bridge_is_kept_in_place_and_left_out_of_a_new_directory(stock, tmp_path):
     directory = copy(stock, tmp_path / "mlx")
     bridge.switch(directory, True)
     repack(directory, tmp_path / "new", progress=False)
@@ -71,7 +71,7 @@ def test_a_bridge_stays_in_place_and_is_left_behind_else(stock, tmp_path):
     assert verify(directory) == []
 
 
-def test_into_a_new_directory(stock, tmp_path):
+def test_repacking_into_a_new_directory_keeps_every_value(stock, tmp_path):
     assert main(["repack", str(stock), "--mlx-path", str(tmp_path / "mlx"), "--quiet"]) == 0
     same_values(tmp_path / "mlx", stock)
     same_logits(tmp_path / "mlx", stock)
@@ -79,7 +79,7 @@ def test_into_a_new_directory(stock, tmp_path):
     assert verify(tmp_path / "mlx") == []
 
 
-def test_in_place(stock, tmp_path):
+def test_repacking_in_place_keeps_every_value(stock, tmp_path):
     target = copy(stock, tmp_path / "mlx")
     assert main(["repack", str(target), "--in-place", "--quiet"]) == 0
     same_values(target, stock)
@@ -91,7 +91,7 @@ def test_in_place(stock, tmp_path):
 
 
 @pytest.mark.parametrize("writes", [3, 40, 90, 130, 200])
-def test_in_place_interrupted(stock, tmp_path, monkeypatch, writes):
+def test_an_interrupted_repacking_in_place_goes_on(stock, tmp_path, monkeypatch, writes):
     target, count = copy(stock, tmp_path / "mlx"), 0
     write = writer.FileWriter.write
 
@@ -113,7 +113,7 @@ def test_in_place_interrupted(stock, tmp_path, monkeypatch, writes):
     assert verify(target) == []
 
 
-def test_in_place_old_files_go_as_early_as_they_can(stock, tmp_path, monkeypatch):
+def test_repacking_in_place_deletes_old_files_early(stock, tmp_path, monkeypatch):
     target, free = copy(stock, tmp_path / "mlx"), []
     write = writer.FileWriter.write
 
@@ -129,14 +129,14 @@ def test_in_place_old_files_go_as_early_as_they_can(stock, tmp_path, monkeypatch
     )  # this model is one large trunk; of a real one a layer's experts are the largest part
 
 
-def test_what_is_not_mlx_lms(tmp_path, capsys):
+def test_a_directory_that_mlx_lm_did_not_write_is_refused(tmp_path, capsys):
     with pytest.raises(UsageError, match="an FP8 checkpoint"):
         repack(fp8_directory(), tmp_path / "mlx")
     assert repack(converted_directory(), tmp_path / "mlx") == tmp_path / "mlx"  # expert-major already
     assert not (tmp_path / "mlx").exists()
 
 
-def test_a_stack_of_another_number_of_experts(stock, tmp_path):
+def test_a_stack_of_another_number_of_experts_is_refused(stock, tmp_path):
     target = copy(stock, tmp_path / "mlx")
     config = json.loads((target / "config.json").read_text()) | {"n_routed_experts": 9}
     (target / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Directories that mlx-lm made with the flat map are mended from the source's scales alone."""
+"""Repair mends directories that mlx-lm made with the flat map, from the source's scales alone."""
 
 import json
 
@@ -26,7 +26,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stock(source, tmp_path_factory):
-    """What unmodified mlx-lm makes of it at 4 bits: K and V of the global layers misread."""
+    """The checkpoint as unmodified mlx-lm converts it to 4 bits: K and V of the global layers are misread."""
     from mlx_lm import convert
 
     target = tmp_path_factory.mktemp("stock") / "mlx"
@@ -36,7 +36,7 @@ def stock(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fresh(source, tmp_path_factory):
-    """The same form by our converter, read by the chain: the best that a repair can reach."""
+    """The same recipe by our converter, read by the chain: the best that a repair can reach."""
     target = tmp_path_factory.mktemp("fresh") / "mlx"
     recipe = tmp_path_factory.mktemp("recipe") / "all4.toml"
     recipe.write_text('[[rule]]\npattern = "*"\nbits = 4\n')
@@ -87,14 +87,14 @@ def test_a_second_repair_finds_nothing_to_do(source, stock, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("recipe", ["4bit", "bf16", "3bit"])
-def test_what_was_read_by_the_chain_is_left_alone(source, tmp_path, recipe):
+def test_layers_read_by_the_chain_are_left_alone(source, tmp_path, recipe):
     convert_checkpoint(source, tmp_path / "mlx", recipe=recipe, progress=False)
     assert {finding.made_with for finding in repair(tmp_path / "mlx", Source(source))} == {"chain"}
     assert verify(tmp_path / "mlx") == []
 
 
 @pytest.mark.parametrize("recipe", ["4bit", "bf16"])
-def test_a_directory_of_ours_made_with_the_wrong_map(source, tmp_path, recipe):
+def test_a_directory_that_convert_made_with_the_flat_map_is_mended(source, tmp_path, recipe):
     target = tmp_path / "mlx"
     convert_checkpoint(source, target, recipe=recipe, kv_scales="flat", progress=False)
     found = repair(target, Source(source), measure=True)
@@ -103,7 +103,7 @@ def test_a_directory_of_ours_made_with_the_wrong_map(source, tmp_path, recipe):
     assert json.loads((target / "mlx_mimo.json").read_text())["kv_scales"]["0"]["map"] == "chain"
 
 
-def test_interrupted_the_old_bytes_come_back_and_it_is_done_again(source, stock, tmp_path, monkeypatch):
+def test_an_interrupted_repair_is_undone_and_done_again(source, stock, tmp_path, monkeypatch):
     target = copy(stock, tmp_path / "mlx")
     write = module._write
 
@@ -138,7 +138,7 @@ def test_over_http_only_the_scales_are_fetched(source, stock, tmp_path, monkeypa
     assert {finding.made_with for finding in examine(ConvertedSource(target), Source(source))} == {"chain"}
 
 
-def test_another_source_is_refused(stock, tmp_path):
+def test_the_scales_of_another_source_are_refused(stock, tmp_path):
     other = tmp_path / "other"
     checkpoints.write_checkpoint(other, checkpoints.tiny_config(hidden_size=256, num_key_value_heads=4), seed=6)
     before = {path.name: path.read_bytes() for path in stock.iterdir()}

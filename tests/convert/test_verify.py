@@ -1,4 +1,4 @@
-"""verify finds what is damaged, measures what was lost; inspect and --dry-run say what is there."""
+"""verify names damage and measures the loss; inspect and --dry-run show what is stored."""
 
 import json
 
@@ -21,7 +21,7 @@ def directory(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["4bit", "mixed-2-3", "mxfp4", "bf16", "3bit"])
-def test_a_fresh_conversion_is_whole(recipe):
+def test_a_fresh_conversion_has_no_problems(recipe):
     assert verify(converted_directory(recipe)) == []
 
 
@@ -34,7 +34,7 @@ def test_one_changed_bit_is_found(directory, capsys):
     assert "model-experts-2.safetensors: its bytes are not those" in capsys.readouterr().out
 
 
-def test_the_bridge_is_no_damage_and_hides_none(directory):
+def test_the_bridge_is_not_a_problem_and_hides_none(directory):
     bridge.switch(directory, True)
     assert verify(directory) == []
     config = directory / "config.json"
@@ -43,7 +43,7 @@ def test_the_bridge_is_no_damage_and_hides_none(directory):
     assert verify(directory) == [f"config.json: {whole:,} bytes expected, {whole + 1:,} found; convert again"]
 
 
-def test_missing_and_short_files(directory):
+def test_missing_and_short_files_are_named(directory):
     (directory / "model-mtp.safetensors").unlink()
     assert "model-mtp.safetensors: no such file" in verify(directory)[0]
     path = directory / "model-trunk-00001.safetensors"
@@ -52,18 +52,18 @@ def test_missing_and_short_files(directory):
     assert "model-trunk-00001.safetensors" in verify(directory)[0]
 
 
-def test_missing_tokenizer(directory):
+def test_a_missing_tokenizer_is_named(directory):
     (directory / "tokenizer.json").unlink()
     assert verify(directory) == ["tokenizer.json: missing"]
 
 
-def test_shapes_that_config_does_not_mean(directory):
+def test_shapes_other_than_config_says_are_named(directory):
     edit_json(directory / "config.json", lambda config: config["quantization"].update(bits=8))
     problems = verify(directory)
     assert any("gate_proj.weight: U32 [64, 16] found, U32 [64, 32] expected" in problem for problem in problems)
 
 
-def test_scales_that_are_not_finite(directory):
+def test_scales_that_are_not_finite_are_named(directory):
     name = "model.layers.1.self_attn.q_proj.scales"
     edit(directory, name, lambda bits: np.full_like(bits, 0x7FC0))
     (directory / "mlx_mimo.json").unlink()
@@ -72,12 +72,12 @@ def test_scales_that_are_not_finite(directory):
     assert problems[1:] == [f"model-trunk-00001.safetensors: {name}: 1536 values are not finite"]
 
 
-def test_an_extra_file_that_mlx_lm_would_load(directory):
+def test_an_extra_file_that_mlx_lm_would_load_is_named(directory):
     (directory / "model-old.safetensors").write_bytes(b"x")
     assert verify(directory) == ["model-old.safetensors: not in the manifest, yet mlx-lm would load it"]
 
 
-def test_an_unfinished_conversion(directory):
+def test_an_unfinished_conversion_is_named(directory):
     (directory / "mlx_mimo-journal.jsonl").write_text("{}\n")
     assert "unfinished" in verify(directory)[0]
 
@@ -105,7 +105,7 @@ def test_deep_comparison_shows_a_misread_chain(tmp_path):
     assert errors[1, "sliding.v_proj"] < 0.01
 
 
-def test_deep_on_the_command_line(capsys):
+def test_the_command_line_compares_deeply(capsys):
     arguments = ["verify", str(converted_directory()), "--deep", "--source", str(fp8_directory())]
     assert main(arguments) == 0
     assert "experts.down_proj" in capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_deep_on_the_command_line(capsys):
     assert json.loads(capsys.readouterr().out)["problems"] == []
 
 
-def test_inspect(capsys):
+def test_inspect_shows_recipe_maps_and_bits(capsys):
     found = describe(converted_directory("mixed-2-3"))
     kinds = {row["kind"]: row for row in found["kinds"]}
     assert found["recipe"] == "mixed-2-3"
@@ -124,7 +124,7 @@ def test_inspect(capsys):
     assert "4-bit group 64" in capsys.readouterr().out
 
 
-def test_dry_run_says_what_is_then_written_and_reads_no_weights(tmp_path, capsys):
+def test_dry_run_shows_the_bytes_that_are_written_and_reads_no_weights(tmp_path, capsys):
     for name in ("config.json", "model.safetensors.index.json"):
         (tmp_path / name).write_bytes((fp8_directory() / name).read_bytes())
     assert main(["--hf-path", str(tmp_path), "--dry-run"]) == 0

@@ -1,4 +1,4 @@
-"""doctor: one line a check, stable ids, and each fault found under its own."""
+"""doctor: one line a check, with stable ids; each fault fails its own check."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ def run_doctor(capsys, *arguments) -> tuple[int, dict]:
     return code, {check["id"]: check for check in fields["checks"]}
 
 
-def test_the_ids_are_stable(directory, capsys):
+def test_the_ids_of_checks_are_stable(directory, capsys):
     code, checks = run_doctor(capsys, directory)
     assert code == 0
     assert list(checks) == MACHINE + DIRECTORY
@@ -84,7 +84,7 @@ def test_a_sound_directory_passes_deep(directory, capsys):
         assert checks[name]["status"] == OK, checks[name]
 
 
-def test_the_bridge_is_no_damage(directory, capsys):
+def test_a_directory_with_the_bridge_on_passes_deep(directory, capsys):
     bridge.switch(directory, True)
     assert run_doctor(capsys, directory, "--deep")[0] == 0
 
@@ -97,18 +97,18 @@ def fails(capsys, directory, *arguments) -> dict:
     return {name for name, check in checks.items() if check["status"] == FAILED}
 
 
-def test_a_file_cut_short(directory, capsys):
+def test_a_file_cut_short_fails_files_experts_and_manifest(directory, capsys):
     file = directory / "model-experts-2.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert fails(capsys, directory) == {"model.files", "model.experts", "model.manifest"}
 
 
-def test_a_missing_file(directory, capsys):
+def test_a_missing_file_fails_files_and_manifest(directory, capsys):
     (directory / "model-trunk-00001.safetensors").unlink()
     assert fails(capsys, directory) == {"model.files", "model.manifest"}
 
 
-def test_a_changed_byte_is_found_by_deep_alone(directory, capsys):
+def test_a_changed_byte_is_found_with_deep_only(directory, capsys):
     file = directory / "model-experts-2.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -117,17 +117,17 @@ def test_a_changed_byte_is_found_by_deep_alone(directory, capsys):
     assert fails(capsys, directory, "--deep") == {"model.hashes"}
 
 
-def test_a_manifest_that_is_none(directory, capsys):
+def test_a_wrong_manifest_fails_its_own_check_alone(directory, capsys):
     (directory / "mlx_mimo.json").write_text("[]")
     assert fails(capsys, directory) == {"model.manifest"}
 
 
-def test_no_tokenizer(directory, capsys):
+def test_a_missing_tokenizer_fails(directory, capsys):
     (directory / "tokenizer.json").unlink()
     assert "model.tokenizer" in fails(capsys, directory)
 
 
-def test_a_config_of_another_model(directory, capsys):
+def test_the_config_of_another_model_fails(directory, capsys):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     assert fails(capsys, directory) == {"model.config"}
@@ -148,7 +148,7 @@ def test_an_fp8_checkpoint_is_told_how_to_convert(capsys):
     assert "mlx_mimo convert --hf-path" in checks["model.config"]["hint"]
 
 
-def test_wrong_command_lines():
+def test_wrong_command_lines_are_refused():
     for arguments in (["--deep"], ["/no/such/directory"], ["--sim-memory", "lots"], ["--sim-ssd", "quick"]):
         with pytest.raises(UsageError):
             doctor(build_parser().parse_args(arguments))
@@ -167,7 +167,7 @@ def release(tmp_path_factory):
 
 @pytest.mark.parametrize(("gib", "disk", "bandwidth"), [(48, 6, 273), (256, 7, 819)])
 def test_another_machine_is_previewed_as_plan_sees_it(release, capsys, gib, disk, bandwidth):
-    """The same flags, the same slots and speed: doctor on the files, plan on the released config."""
+    """doctor on the files and plan on the released config give the same slots and speed for the same flags."""
     flags = ["--sim-memory", f"{gib}GiB", "--sim-ssd", f"{disk}GB/s", "--sim-bandwidth", f"{bandwidth}GB/s"]
     checks = preview(capsys, release, *flags)
     machine = imagined("", gib * GIB, disk * 1e9, bandwidth * 1e9)
@@ -197,7 +197,7 @@ def test_few_slots_and_a_slow_disk_are_warned_of(release, capsys):
     assert checks["disk.speed"]["status"] == checks["model.speed"]["status"] == WARNING
 
 
-def test_one_fact_of_this_machine_can_be_replaced(directory, capsys):
+def test_a_flag_replaces_one_value_of_this_machine(directory, capsys):
     checks = preview(capsys, directory, "--sim-available", "8GB", "--sim-ssd", "500MB/s")
     assert "8.0 GB free, simulated" in checks["memory"]["found"]
     assert checks["disk.speed"]["status"] == WARNING
@@ -208,15 +208,15 @@ def test_one_fact_of_this_machine_can_be_replaced(directory, capsys):
     assert fewer["model.memory"]["status"] == FAILED
 
 
-def test_the_json_says_what_was_simulated(directory, capsys):
+def test_the_json_lists_the_simulated_values(directory, capsys):
     doctor(build_parser().parse_args([str(directory), "--json"]))
     assert json.loads(capsys.readouterr().out)["simulated"] == {}
     doctor(build_parser().parse_args([str(directory), "--json", "--sim-memory", "64GB", "--sim-backend", "cpu"]))
     assert json.loads(capsys.readouterr().out)["simulated"] == {"memory": 64 * 10**9, "backend": "cpu"}
 
 
-def test_a_cpu_is_previewed_with_what_float32_takes(release, capsys):
-    """The same memory holds fewer experts: the CPU runs its trunk, caches and activations in float32."""
+def test_a_simulated_cpu_needs_memory_for_float32(release, capsys):
+    """The same memory holds fewer experts, since the CPU computes trunk, caches and activations in float32."""
     flags, found = ["--sim-memory", "128GB", "--sim-available", "96GB"], {}
     for backend in ("metal", "cpu"):
         text = preview(capsys, release, *flags, "--sim-backend", backend)["model.memory"]["found"]
@@ -242,13 +242,13 @@ def test_the_budget_counts_every_expert_as_the_first_of_its_layer(release, sizes
     assert measure(directory, args, 32768, CHUNK, *sizes) == one_by_one
 
 
-def test_the_context_is_what_the_model_takes(directory, capsys):
-    """The tiny model ends at 4096 tokens; the released one is planned with 32k."""
+def test_the_context_is_at_most_the_models_maximum(directory, capsys):
+    """The tiny model's maximum is 4096 tokens; the released one is planned with 32k."""
     assert "with 4,096 tokens of context" in preview(capsys, directory, "--sim-memory", "64GB")["model.memory"]["found"]
 
 
 def test_each_header_is_read_once(directory, capsys, monkeypatch):
-    """The released model's headers name 108,000 tensors: reading them is most of doctor's time."""
+    """Reading the released model's headers, of 109,000 tensors, takes most of doctor's time."""
     read = []
     monkeypatch.setattr(directory_module, "read_header", lambda path: read.append(path.name) or read_header(path))
     assert run_doctor(capsys, directory)[0] == 0
@@ -286,7 +286,7 @@ def test_a_plan_of_everything_does_little(capsys):
 # Files that cannot be read, and indices that are none
 
 
-def test_a_link_that_leads_nowhere(directory, capsys):
+def test_a_broken_link_fails_files_experts_and_manifest(directory, capsys):
     file = directory / "model-experts-2.safetensors"
     file.unlink()
     file.symlink_to(directory / "nowhere")
@@ -294,13 +294,13 @@ def test_a_link_that_leads_nowhere(directory, capsys):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission(directory, capsys):
+def test_a_file_without_permission_fails_files_and_experts(directory, capsys):
     (directory / "model-experts-2.safetensors").chmod(0)
     assert {"model.files", "model.experts"} <= fails(capsys, directory)
 
 
 @pytest.mark.parametrize("value", [5, None, ["a"], {}])
-def test_an_index_of_something_else_than_names(directory, capsys, value):
+def test_an_index_whose_values_are_not_file_names_fails(directory, capsys, value):
     index = directory / "model.safetensors.index.json"
     fields = json.loads(index.read_text())
     fields["weight_map"]["lm_head.weight"] = value
@@ -321,12 +321,12 @@ def test_memory_is_judged_as_plan_judges_it(capsys, gib, status):
     assert (planned.forecast is not None) == (status == OK)
 
 
-def test_more_free_than_there_is_is_refused(capsys):
+def test_more_free_memory_than_memory_is_refused(capsys):
     with pytest.raises(UsageError, match="--available"):
         run_doctor(capsys, "--sim-memory", "64GB", "--sim-available", "65GB")
 
 
-def test_the_lines_name_id_and_hint(directory, capsys):
+def test_the_text_shows_id_and_hint(directory, capsys):
     (directory / "tokenizer.json").unlink()
     doctor(build_parser().parse_args([str(directory)]))
     text = capsys.readouterr().out
@@ -343,7 +343,7 @@ def test_the_lines_name_id_and_hint(directory, capsys):
         ({"BusProtocol": "SMB"}, None),
     ],
 )
-def test_what_a_mac_says_of_its_disk(info, kind):
+def test_the_kind_of_a_macs_disk_is_read_from_diskutil(info, kind):
     assert mac_disk_kind(info) == kind
 
 

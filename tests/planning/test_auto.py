@@ -1,4 +1,4 @@
-"""--expert-memory auto: one opinion in load, plan, doctor and the bridge, on machines that are made up here."""
+"""--expert-memory auto: load, plan, doctor and the bridge choose the same on the same simulated machine."""
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from mlx_mimo.units import format_size
 
 @dataclass
 class Memory:
-    """What psutil says of a machine's memory."""
+    """Stands in for psutil's memory values."""
 
     total: int
     available: int
@@ -36,7 +36,7 @@ class Memory:
 
 @pytest.fixture
 def free(monkeypatch):
-    """Sets how many bytes the system says are free."""
+    """Returns a function that sets the bytes of free memory."""
     memory = Memory(64 * 10**9, 0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
 
@@ -48,7 +48,7 @@ def free(monkeypatch):
 
 @pytest.fixture
 def metal(monkeypatch):
-    """Makes everything believe in a Mac with this working set."""
+    """Returns a function that simulates a Mac with a working set of so many bytes."""
 
     def metal(working_set: int) -> None:
         limits = {"max_recommended_working_set_size": working_set}
@@ -70,12 +70,12 @@ def budget_of(cpu: bool):
 
 
 def room_for(budget, slots: int) -> int:
-    """What must be free for so many experts beside the smallest chunk: half of it is left to the system."""
+    """Bytes that must be free for `slots` experts and the smallest chunk: half of them are left to the system."""
     return 2 * (budget.with_chunk(256).non_expert_bytes + slots * budget.slot_bytes + budget.slot_bytes // 2)
 
 
 def planned_slots() -> tuple[int, int]:
-    """(slots, chunk) of plan."""
+    """(slots, chunk) that plan chooses."""
     directory, args = config_of(converted_directory())
     found = make_plan(subject_of(str(directory.path), None), args, args.max_position_embeddings, this_machine())
     return found.forecast.slots, found.budget.chunk
@@ -100,7 +100,7 @@ def test_load_plan_and_doctor_choose_the_same_on_this_cpu(free):
 
 @pytest.mark.parametrize("tight", ["memory", "working set"])
 def test_load_plan_and_doctor_choose_the_same_on_metal(free, metal, tight):
-    """Metal's limit holds for the trunk and the experts together, whichever of the two is the smaller."""
+    """Metal's limit is for trunk and experts together, whether it or free memory is the smaller."""
     budget = budget_of(cpu=False)
     least, plenty = room_for(budget, 7), 50 * 10**9
     metal(plenty if tight == "memory" else least)
@@ -115,7 +115,7 @@ def test_load_plan_and_doctor_choose_the_same_on_metal(free, metal, tight):
     assert found.expert_bytes + found.budget.non_expert_bytes <= least
 
 
-def test_what_is_held_counts_within_the_working_set(free):
+def test_memory_already_held_counts_within_the_working_set(free):
     free(30)
     assert available_memory() == 30
     assert available_memory(held=12) == 42
@@ -123,7 +123,7 @@ def test_what_is_held_counts_within_the_working_set(free):
     assert available_memory(working_set=50, held=12) == 42
 
 
-def test_a_size_and_all_are_taken_as_they_are(free):
+def test_a_size_and_all_are_granted_whatever_is_free(free):
     free(10**6)
     directory, args = config_of(converted_directory())
     budget = budget_of(cpu=True)
@@ -132,7 +132,7 @@ def test_a_size_and_all_are_taken_as_they_are(free):
 
 
 def test_training_counts_the_trunk_within_the_working_set(free, monkeypatch):
-    """What is left of Metal's limit for whole experts is less by the trunk that is there."""
+    """The trunk in memory reduces what Metal's limit leaves for whole experts."""
     trunk, held = 4000, SimpleNamespace(slots=3, slot_bytes=100)
     parameters = {"trunk": mx.zeros(trunk // 4)}
     directory = Directory(converted_directory())
@@ -151,7 +151,7 @@ def test_training_counts_the_trunk_within_the_working_set(free, monkeypatch):
 
 
 def test_the_bridge_leaves_room_for_the_chunks_of_mlx_lm(free):
-    """Its commands take 2048 tokens at a time whatever fits, where our own loop would take fewer."""
+    """mlx-lm's commands always compute 2048 tokens at a time; our own loop would choose fewer here."""
     directory, args = config_of(converted_directory())
     usual = budget_of(cpu=True)
     free(room_for(usual, 24) - usual.trunk)
@@ -162,7 +162,7 @@ def test_the_bridge_leaves_room_for_the_chunks_of_mlx_lm(free):
     assert loading.expert_limit(directory, args, "auto", fixed_chunk=True).chunk == 2048
 
 
-def test_a_bridged_model_is_loaded_with_that_room(free):
+def test_a_bridged_model_needs_room_for_chunks_of_2048_tokens(free):
     directory, args = config_of(converted_directory())
     sizes = item_bytes(cpu=True, trunk_kernels=False)
     budget = measure(directory.path, args, args.max_position_embeddings, CHUNK, *sizes)
@@ -180,7 +180,7 @@ def test_a_bridged_model_is_loaded_with_that_room(free):
 
 
 def chunks_of(model, prompt: int, **options) -> list[int]:
-    """The lengths of the pieces in which a prompt is computed."""
+    """The lengths of the chunks in which a prompt is computed."""
     seen = []
 
     class Watched:
@@ -213,15 +213,15 @@ def test_a_prompt_is_computed_in_the_chunks_of_the_plan(free):
     assert chunks_of(model, 300) == [299]  # a model that was not loaded by us
 
 
-def test_stacked_experts_leave_the_chunk_what_is_over(free):
+def test_stacked_experts_leave_the_rest_to_the_chunk(free):
     directory, args = config_of(converted_directory())
     budget = budget_of(cpu=True)
     free(budget.kv + budget.experts + budget.with_chunk(512).transients)
     assert loading.expert_limit(directory, args, "all").chunk == 512
 
 
-def test_a_large_chunk_is_taken_where_most_experts_stream_and_there_is_room():
-    """Fewer slots, of which a twentieth at most, for half of the reads of a long prompt."""
+def test_a_large_chunk_is_chosen_where_most_experts_stream_and_there_is_room():
+    """It costs at most a twentieth of the slots, and halves the reads of a long prompt."""
     from mlx_mimo.planning.forecast import fit_on
     from mlx_mimo.planning.machine import GIB, imagined
 

@@ -1,4 +1,4 @@
-"""Bytes: what the released model takes, by arithmetic and by the headers of what was really written."""
+"""The budget: bytes of the released model by arithmetic, and of converted directories by their headers."""
 
 from dataclasses import replace
 
@@ -53,8 +53,8 @@ def test_kv_caches_of_the_released_model():
 
 @pytest.mark.parametrize("recipe", ["4bit", "mxfp4", "mixed-3-4", "bf16"])
 @pytest.mark.parametrize("item", [ItemBytes(2, 2, 2), ItemBytes(4, 4, 4), ItemBytes(4, 2, 2), ItemBytes(4, 4, 2)])
-def test_what_is_estimated_from_config_is_what_convert_writes(recipe, item):
-    """To the byte: `plan` before the download and `auto` after it have one opinion."""
+def test_the_estimate_from_config_equals_the_measure_of_what_convert_writes(recipe, item):
+    """To the byte, so that `plan` before a download and `auto` after it agree."""
     config = read_config(fp8_directory())
     args = ModelArgs.from_dict(config)
     sizes = (args, 512, 64, *item)
@@ -76,7 +76,7 @@ def test_auto_refuses_what_cannot_fit():
 
 
 def test_auto_refuses_with_what_is_needed():
-    """16 GB: 7.5 GB of the smallest chunk's budget and 4 GB of the system's do not go into 11."""
+    """On 16 GB: 7.5 GB with the smallest chunk and 4 GB for the system exceed the 11 GB that are free."""
     budget = full("4bit")
     with pytest.raises(
         MimoError, match=r"11\.0 GB of memory are free; 7\.5 GB are needed before the first expert, and 4"
@@ -86,7 +86,7 @@ def test_auto_refuses_with_what_is_needed():
     assert fit(budget, needed + 2 * budget.slot_bytes).expert_bytes == 2 * budget.slot_bytes
 
 
-def test_more_memory_is_never_less_room():
+def test_more_memory_never_leaves_less_for_experts():
     budget = full("4bit")
     small = replace(budget, trunk=GB // 4, token_bytes=0, score_bytes=0)
     rooms = [auto_expert_bytes(small, size * GB // 4) for size in range(12, 200)]
@@ -100,25 +100,25 @@ def test_more_memory_is_never_less_room():
 @pytest.mark.parametrize(
     ("available", "chunk"), [(12, 256), (12.5, 512), (13, 1024), (24, 2048), (64, 2048), (96, 4096), (240, 2048)]
 )
-def test_the_chunk_follows_from_what_is_free(available, chunk):
-    """Small where activations would take more than they leave to experts, large where experts stream all the same and
-    the room for it is one in twenty, as usual where everything is resident."""
+def test_the_chunk_grows_with_free_memory(available, chunk):
+    """It is small where activations would take more than they leave to experts, large where experts stream anyway and
+    it takes at most a twentieth of their room, and usual where everything is resident."""
     found = fit(full("4bit"), int(available * GB))
     assert found.chunk == chunk
     assert found.expert_bytes + found.budget.non_expert_bytes <= (available - 4) * GB
     assert (found.expert_bytes == found.budget.experts) == (available == 240)
 
 
-def test_where_few_experts_are_absent_the_usual_chunk_stays():
-    """At 2 bits 96 GB hold all but a tenth of them, and a larger chunk would make that more."""
+def test_the_usual_chunk_is_kept_where_few_experts_are_absent():
+    """At 2 bits 96 GB hold 90 % of the experts; a larger chunk would leave room for fewer."""
     found = fit(full("2bit"), 106 * GB)
     assert (found.chunk, found.expert_bytes > 0.85 * found.budget.experts) == (2048, True)
     assert found.expert_bytes < found.budget.experts
 
 
 @pytest.mark.parametrize("available", [14, 96])
-def test_a_chunk_that_is_fixed_stays(available):
-    """mlx-lm's own commands take 2048 tokens at a time, so room is left for that."""
+def test_a_fixed_chunk_is_kept(available):
+    """mlx-lm's commands compute 2048 tokens at a time, so room is left for that."""
     found = fit(full("4bit"), available * GB, fixed=True)
     assert found.chunk == 2048
     assert found.expert_bytes == auto_expert_bytes(full("4bit"), available * GB)
@@ -130,7 +130,7 @@ def test_a_cpu_never_gets_the_large_chunk():
     assert fit(full("4bit"), 96 * GB, large=False).chunk == 2048
 
 
-def test_a_size_is_kept_and_the_chunk_gives_way():
+def test_a_size_for_experts_is_granted_at_the_chunks_expense():
     budget = full("4bit")
     beside = budget.trunk + budget.kv
     for left, chunk in ((2 * GB, 2048), (GB, 1024), (0, 256)):
@@ -156,8 +156,8 @@ def item(kernels: bool, trunk_kernels: bool = True) -> ItemBytes:
 @pytest.mark.parametrize("recipe", ["4bit", "2bit", "mxfp4", "bf16"])
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.filterwarnings("ignore::mlx_mimo.experts.residency.ResidencyWarning")
-def test_a_slot_and_the_trunk_take_what_loading_takes(recipe, kernels, monkeypatch):
-    """The kernels read scales and matrices in 16 bits; MLX's own operations have them in float32."""
+def test_budgeted_slot_and_trunk_bytes_are_those_that_load_allocates(recipe, kernels, monkeypatch):
+    """The kernels read scales and matrices in 16 bits; MLX's own operations need them in float32."""
     if not kernels:
         monkeypatch.setenv("MLX_MIMO_CPU_KERNELS", "0")
     elif not kernels_available():
@@ -183,7 +183,7 @@ def test_without_kernels_a_cpu_holds_fewer_experts():
     assert experts[False] / experts[True] == pytest.approx(1.11, abs=0.01)
 
 
-def test_under_an_adapter_the_trunk_has_no_kernels():
+def test_with_an_adapter_the_trunk_does_not_use_the_kernels():
     trunk = [
         estimate(released.CONFIG, named("bf16"), FULL, 1, 1, *item(True, trunk_kernels)).trunk
         for trunk_kernels in (True, False)
@@ -194,12 +194,12 @@ def test_under_an_adapter_the_trunk_has_no_kernels():
 @pytest.mark.parametrize(
     ("text", "expected"), [("24GB", 24 * GB), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("17", 17), (5, 5)]
 )
-def test_sizes(text, expected):
+def test_a_size_is_parsed_with_its_unit(text, expected):
     assert parse_size(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "12 parsecs", "0", 0, "1e9", "nan", "0.5", "0.0001kB"])
-def test_what_is_no_size(text):
+def test_text_that_is_not_a_size_is_refused(text):
     with pytest.raises(UsageError, match="expected"):
         parse_size(text)
 
@@ -208,18 +208,18 @@ def test_what_is_no_size(text):
     ("text", "expected"),
     [("6GB/s", 6e9), ("800 MB/s", 8e8), ("6GBps", 6e9), ("1.5GiB", 1.5 * 2**30), ("0.5GB/s", 5e8), ("6 gb/s", 6e9)],
 )
-def test_speeds(text, expected):
+def test_a_speed_is_parsed_with_its_unit(text, expected):
     assert parse_speed(text) == expected
 
 
 @pytest.mark.parametrize("text", ["fast", "", "0.5", "6", "6000000000", "5B/s", "0GB/s", "-1GB/s"])
-def test_what_is_no_speed(text):
+def test_text_that_is_not_a_speed_is_refused(text):
     with pytest.raises(UsageError, match="6GB/s"):
         parse_speed(text)
 
 
 @pytest.mark.parametrize("text", ["10Gbps", "10gbps", "10Gb/s", "800 Mb/s", "10Gbit/s", "10 Gbits/s", "8Gib/s"])
-def test_bits_are_refused_by_name(text):
+def test_sizes_in_bits_are_refused_with_a_hint(text):
     with pytest.raises(UsageError, match="bits"):
         parse_speed(text)
 

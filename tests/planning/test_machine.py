@@ -1,4 +1,4 @@
-"""What is known of a machine, and what a process says of its own memory."""
+"""The description of a machine, its measured speeds, and the peak memory of a process."""
 
 import platform
 import subprocess
@@ -26,7 +26,7 @@ print(before, peak_memory_bytes())
 """
 
 
-def test_the_peak_is_the_processs_own_and_keeps_what_was_freed():
+def test_peak_memory_is_the_processs_own_and_includes_freed_memory():
     mine = np.full(400_000_000, 1, np.uint8)  # the child must not begin with this
     assert peak_memory_bytes() >= mine.nbytes
     child = subprocess.run([sys.executable, "-c", CHILD], check=True, capture_output=True, text=True)
@@ -40,7 +40,7 @@ def test_the_peak_is_the_processs_own_and_keeps_what_was_freed():
 
 @pytest.fixture
 def mlx(monkeypatch):
-    """Makes the system and MLX say what another machine's would."""
+    """Returns a function that simulates the system and MLX of another machine."""
 
     def pretend(system: str, metal: bool, gpu: bool, cuda_wheel: bool = False, **limits) -> None:
         monkeypatch.setattr(platform, "system", lambda: system)
@@ -52,12 +52,12 @@ def mlx(monkeypatch):
     return pretend
 
 
-def test_a_mac_says_its_metal_limits(mlx):
+def test_the_backend_of_a_mac_is_metal_with_its_limits(mlx):
     mlx("Darwin", metal=True, gpu=True, max_recommended_working_set_size=48 * GB)
     assert backend_and_limits() == ("metal", {"max_recommended_working_set_size": 48 * GB})
 
 
-def test_a_mac_set_to_its_cpu_has_no_limits(mlx):
+def test_a_mac_whose_default_device_is_the_cpu_has_no_limits(mlx):
     mlx("Darwin", metal=True, gpu=False, max_recommended_working_set_size=48 * GB)
     assert backend_and_limits() == ("cpu", {})
 
@@ -90,7 +90,7 @@ def test_this_machine_has_at_most_metals_working_set(mlx, monkeypatch, free, ava
     assert found.item_bytes == (2, 2, 2)
 
 
-def test_a_chip_that_is_not_known_is_measured(mlx, monkeypatch):
+def test_the_bandwidth_of_an_unknown_chip_is_measured(mlx, monkeypatch):
     mlx("Darwin", metal=True, gpu=True)
     monkeypatch.setattr(machine, "chip_name", lambda: "Apple M9")
     monkeypatch.setattr(machine, "copy_speed", lambda: 123.0 * GB)
@@ -107,14 +107,14 @@ def test_the_chip_of_a_mac(monkeypatch, said, name):
 # What is measured
 
 
-def test_one_slow_copy_does_not_set_the_bandwidth(monkeypatch):
-    """Four copies, the first of which touches the memory: a median of the rest, over all cores."""
+def test_one_slow_copy_does_not_change_the_measured_bandwidth(monkeypatch):
+    """Of four copies the first is dropped, since it touches the pages; the median of the others counts."""
     seconds = iter([0, 9.0, 10, 11.0, 20, 28.0, 30, 31.0])
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(seconds))
     assert machine.copy_speed(1 << 20) == 2 * (1 << 20) / 1.0
 
 
-def test_files_that_cannot_be_read_say_nothing_of_the_disk(tmp_path):
+def test_files_that_cannot_be_read_are_left_out_of_the_disks_measurement(tmp_path):
     link, whole = tmp_path / "link", tmp_path / "whole"
     link.symlink_to(tmp_path / "nowhere")
     assert read_speed([link]) is None
@@ -122,7 +122,7 @@ def test_files_that_cannot_be_read_say_nothing_of_the_disk(tmp_path):
     assert read_speed([link, whole], seconds=0.05, piece=1 << 16) > 0
 
 
-def test_a_disk_that_fails_while_it_is_measured_is_not_measured(tmp_path, monkeypatch):
+def test_a_read_error_gives_no_disk_speed(tmp_path, monkeypatch):
     path = tmp_path / "model.bin"
     path.write_bytes(bytes(1 << 20))
 
@@ -133,7 +133,7 @@ def test_a_disk_that_fails_while_it_is_measured_is_not_measured(tmp_path, monkey
     assert read_speed([path], piece=1 << 16) is None
 
 
-def test_more_cannot_be_free_than_there_is():
+def test_more_free_memory_than_memory_is_refused():
     with pytest.raises(UsageError, match=r"--available: 65\.0 GB of 64\.0 GB"):
         machine_with(Given(memory=64 * GB, available=65 * GB))
     with pytest.raises(UsageError, match="--available"):

@@ -1,4 +1,4 @@
-"""A process that runs a model takes what the budget says, however large the checkpoint is."""
+"""A process that runs a model takes the memory of its budget, whatever the checkpoint's size."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ MEMORY_CHECK = Path(__file__).parents[2] / "examples" / "measure" / "memory_chec
 
 
 @pytest.mark.long
-def test_the_peak_is_slots_trunk_caches_and_transients_over_a_process_with_nothing_loaded():
+def test_peak_memory_of_a_generation_is_the_budgets():
     arguments = ["--size", "500MB", "--expert-memory", "25MB", "--prompt-tokens", "512", "--generation-tokens", "8"]
     result = subprocess.run([sys.executable, MEMORY_CHECK, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
