@@ -22,7 +22,7 @@ from mlx_mimo.bench.peer import bytes_in_memory, load_peer
 from mlx_mimo.bench.report import machine_line
 from mlx_mimo.bench.synthetic import parameters, synthetic_config, write_synthetic
 from mlx_mimo.bench.throttle import Throttle
-from mlx_mimo.bench.timing import Case, Spread, forced, run_case, split
+from mlx_mimo.bench.timing import Case, Spread, forced_sampler, run_case
 from mlx_mimo.checkpoint.recipe import named
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import MimoError, UsageError
@@ -158,8 +158,8 @@ def test_given_tokens_are_what_the_model_runs_on():
     model.residency.close()
     assert samples[0].decode_misses == samples[1].decode_misses == 3 * 3 * 2
     assert samples[0].decode_bytes == samples[1].decode_bytes > 0
-    assert split(case, tokens) == ([0, 1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11])
-    sampler = forced([7, 9])
+    assert case.cut(tokens) == ([0, 1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11])
+    sampler = forced_sampler([7, 9])
     assert [sampler(None).item() for _ in range(3)] == [7, 9, 9]
 
 

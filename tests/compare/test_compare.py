@@ -158,13 +158,13 @@ def test_a_temporary_folder_without_room_is_refused(text, monkeypatch):
 
 def test_the_temporary_file_has_the_size_that_is_told(text, monkeypatch):
     sizes = []
-    whole = compare_module._Judged.__init__
+    whole = compare_module._PredictionComparer.__init__
 
     def look(self, file, *rest):
         sizes.append(os.fstat(file.fileno()).st_size)
         whole(self, file, *rest)
 
-    monkeypatch.setattr(compare_module._Judged, "__init__", look)
+    monkeypatch.setattr(compare_module._PredictionComparer, "__init__", look)
     run_pair(converted_directory(), text, "--window", "8", "--max-tokens", "20")
     assert sizes == [17 * 320 * 4]
 

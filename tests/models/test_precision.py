@@ -20,7 +20,7 @@ def shortened(x: mx.array) -> mx.array:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_parts_add_up_and_cannot_be_shortened(dtype):
     x = normal(50, 64, seed=0, dtype=dtype)
-    parts = precision.split(x)
+    parts = precision.bfloat16_parts(x)
     assert mx.array_equal(sum(reversed(parts)), x.astype(mx.float32))
     for part in parts:
         assert mx.array_equal(shortened(part), part)
