@@ -89,9 +89,8 @@ def load(
         )
     if adapter_path is not None:
         check_adapter(adapter_path, residency=streamable)
-    model = load_trunk(
-        directory, overrides, streamable, kernels=adapter_path is None
-    )  # LoRA layers need MLX's own modules
+    # LoRA layers need MLX's own modules.
+    model = load_trunk(directory, overrides, streamable, kernels=adapter_path is None)
     found = expert_limit(directory, args, expert_memory if streamable else "all", kernels=adapter_path is None)
     residency = None
     if streamable:
