@@ -1,4 +1,4 @@
-"""The flags that commands share, and how a command ends."""
+"""The flags that commands share, their types, and how a command ends."""
 
 import argparse
 import io
@@ -15,7 +15,7 @@ from .units import parse_size, parse_speed
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that loads a model; `load_options` turns them into keywords of `load`."""
+    """Adds the flags of every command that loads a model; `load_options` turns them into keywords of `load`."""
     parser.add_argument("--model", metavar="DIR_OR_REPO", help="converted directory or Hub repo (default: the demo)")
     parser.add_argument(
         "--expert-memory",
@@ -39,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_thread_arguments(parser: argparse.ArgumentParser) -> None:
-    """How many threads compute and read, keywords of `load`."""
+    """Adds the numbers of threads that compute and read: keywords of `load`."""
     parser.add_argument("--threads", metavar="N", type=positive_int, help="CPU threads (default: all cores)")
     parser.add_argument(
         "--reader-threads",
@@ -51,7 +51,7 @@ def add_thread_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag of the commands that take an adapter, a keyword of `load` beside `load_options`."""
+    """Adds the flag of commands that take an adapter: a keyword of `load` that `load_options` does not include."""
     parser.add_argument("--adapter-path", metavar="DIR", help="LoRA adapter that mlx_lm.lora trained")
 
 
@@ -71,7 +71,7 @@ def load_options(args: argparse.Namespace) -> dict:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """mlx-lm's sampling flags. Unset ones come from the model's generation_config.json, else greedy."""
+    """Adds mlx-lm's sampling flags. Where one is not given, generation_config.json decides, else greedy."""
     parser.add_argument("--temp", type=non_negative_float, help="sampling temperature; 0 is greedy")
     parser.add_argument("--top-p", type=share, help="nucleus sampling: share of probability kept")
     parser.add_argument("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0 keeps all")
@@ -80,7 +80,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Facts of a machine that is not at hand; `given` reads them."""
+    """Adds flags that describe another machine; `given` reads them."""
     machine = parser.add_argument_group("another machine than this one")
     machine.add_argument("--memory", "--sim-memory", dest="memory", metavar="SIZE", help="such as 64GB")
     machine.add_argument("--available", "--sim-available", dest="available", metavar="SIZE", help="what of it is free")
@@ -96,7 +96,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def given(args: argparse.Namespace) -> Given:
-    """What the flags say of a machine. Raises UsageError."""
+    """The machine that the flags describe, None where one is not given. Raises UsageError for a wrong size or speed."""
     return Given(
         parse_size(args.memory) if args.memory else None,
         parse_size(args.available) if args.available else None,
@@ -112,24 +112,27 @@ def expert_memory(text: str) -> str | int:
 
 
 def positive_int(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
     return _at_least(int, text, 1, "a whole number of at least 1")
 
 
 def non_negative_int(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
     return _at_least(int, text, 0, "a whole number of at least 0")
 
 
 def non_negative_float(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
     return _at_least(float, text, 0, "a number of at least 0")
 
 
 def readable(text: str) -> str:
-    """argparse type: text, a byte of the command line that is none replaced by U+FFFD."""
+    """argparse type: text; bytes of the command line that are not UTF-8 become U+FFFD."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def take_any_bytes(stdin: TextIO) -> None:
-    """From now on a byte that is no text is read as U+FFFD, and is no error."""
+    """Makes `stdin` read bytes that are not UTF-8 as U+FFFD instead of raising an error."""
     if isinstance(stdin, io.TextIOWrapper):
         stdin.reconfigure(errors="replace")
 
@@ -174,7 +177,8 @@ def json_object(text: str) -> dict:
 
 
 def run(command: Callable[[], int | None]) -> int:
-    """Runs a command: our errors become one line on stderr, Ctrl-C and a closed pipe end it quietly."""
+    """Runs a command and returns its exit code. A MimoError becomes one line on stderr; Ctrl-C and a closed pipe end
+    the command quietly."""
     name = Path(sys.argv[0]).stem if sys.argv[0].endswith(".py") else sys.argv[0]
     try:
         code = command() or 0
@@ -187,6 +191,6 @@ def run(command: Callable[[], int | None]) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone; without this Python complains again while it shuts down.
+        # Nothing reads our output any more; without this Python would raise the same error while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Chat:
-    """The state behind the prompt: a conversation and how it is sampled."""
+    """One session: a conversation, and the settings for sampling its answers."""
 
     def __init__(self, model, tokenizer, args: argparse.Namespace):
         from .runtime.conversation import Conversation
@@ -64,7 +64,7 @@ class Chat:
         self.last = None
 
     def answer(self, text: str) -> None:
-        """One turn: prints the answer as it comes; Ctrl-C ends it and keeps what was said."""
+        """Runs one turn and prints the answer as it is generated; Ctrl-C ends it and keeps the text so far."""
         from .console import Interrupts, PrefillProgress, Printer
         from .runtime.conversation import Stopped
         from .runtime.loaded import loaded_of
@@ -99,7 +99,8 @@ class Chat:
                 printer.end()
 
     def command(self, line: str) -> bool:
-        """Carries out a line that begins with a slash; False ends the program."""
+        """Executes a line that begins with a slash; returns False where the program is to end. Raises MimoError for a
+        wrong command."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         match name:
@@ -165,7 +166,7 @@ class Chat:
     def _load(self, path: Path) -> None:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            json.dumps(state, ensure_ascii=False).encode()  # half a character can be escaped in JSON
+            json.dumps(state, ensure_ascii=False).encode()  # raises where JSON escapes half of a surrogate pair
             system, messages = state["system"], state["messages"]
             if not (system is None or isinstance(system, str)) or not all(map(is_message, messages)):
                 raise TypeError("system and messages")
@@ -178,7 +179,7 @@ class Chat:
 
 
 def is_message(value) -> bool:
-    """Whether a value is a turn as /save writes it."""
+    """Whether a value is a message as /save writes it."""
     if not isinstance(value, dict) or not {"role", "content"} <= value.keys() <= {*MESSAGE_KEYS}:
         return False
     return value["role"] in ("user", "assistant") and all(isinstance(text, str) for text in value.values())
@@ -200,11 +201,11 @@ def read_line(interactive: bool) -> str:
 
 
 def use_history() -> None:
-    """Line editing and a history kept between runs, where Python has readline."""
+    """Turns on line editing and a history that is kept between runs, where Python has readline."""
     try:
         import readline
     except ImportError:
-        return  # some Windows and static builds have none: input() works all the same
+        return  # some builds of Python have none; input() works without it
     import atexit
 
     import platformdirs
@@ -222,7 +223,7 @@ def use_history() -> None:
 
 
 def save_history(write: Callable[[Path], None], file: Path) -> None:
-    """Writes what was typed, for its owner's eyes alone."""
+    """Writes the history into a file that only its owner can read."""
     before = os.umask(0o077)
     try:
         write(file)
@@ -234,7 +235,7 @@ def save_history(write: Callable[[Path], None], file: Path) -> None:
 
 
 def converse(session: Chat, interactive: bool) -> bool:
-    """Answers messages and commands until they end; whether all went well."""
+    """Answers messages and executes commands until the input ends; returns whether none of them failed."""
     well = True
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Text as it comes, for a person: thinking dim or hidden, and a bar when the prompt takes long."""
+"""Output for a terminal: text as it is generated, thoughts dim or hidden, and a bar while a long prompt is read."""
 
 import signal
 import sys
@@ -10,9 +10,10 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Printer:
-    """Prints tokens to a stream; what stands between <think> and </think> dim on a terminal, or not at all."""
+    """Writes generated text to a stream. Thoughts, between <think> and </think>, are dim on a terminal, or hidden."""
 
     def __init__(self, tokenizer, prompt: Sequence[int], hide_thinking: bool = False, out: TextIO | None = None):
+        """`prompt` is searched for a thought that it leaves open; `out` is stdout by default."""
         self.out = out or sys.stdout
         self.hide = hide_thinking
         self.colour = self.out.isatty()
@@ -55,8 +56,8 @@ class Printer:
 
 
 class Interrupts:
-    """Ctrl-C while something runs: the first only sets `asked`, for a loop to end where that is safe; the second
-    raises KeyboardInterrupt at once. For the main thread."""
+    """Context manager for the main thread: the first Ctrl-C sets `asked`, so that a loop can end where that is safe;
+    the second raises KeyboardInterrupt at once."""
 
     def __init__(self):
         self.asked = False
@@ -75,7 +76,7 @@ class Interrupts:
 
 
 class PrefillProgress:
-    """A callback (done, total) that shows a bar on a terminal once a prompt has taken more than a second."""
+    """A progress callback (done, total) that shows a bar on a terminal once a prompt has taken more than a second."""
 
     def __init__(self, out: TextIO):
         self.out = out

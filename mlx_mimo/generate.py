@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_prompt(tokenizer, args: argparse.Namespace, text: str) -> str:
-    """The prompt as the model reads it, the chat template applied unless it is not wanted."""
+    """The prompt's text, with the chat template applied unless --ignore-chat-template is given or there is none."""
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return text
     messages = [{"role": "system", "content": args.system_prompt}] if args.system_prompt is not None else []
@@ -88,7 +88,7 @@ def generate(args: argparse.Namespace) -> int:
     try:
         return answer(model, tokenizer, args, text)
     finally:
-        end_residency(model, args.profile)  # last: what it raises costs nobody the answer
+        end_residency(model, args.profile)  # last, so that an error of it does not lose the answer
 
 
 def answer(model, tokenizer, args: argparse.Namespace, text: str) -> int:
@@ -136,7 +136,7 @@ def answer(model, tokenizer, args: argparse.Namespace, text: str) -> int:
 
 
 def wired_limit(model, wanted: bool) -> AbstractContextManager:
-    """Raises Metal's wired limit for a while as mlx-lm does, where that is wanted. Written for Metal, not run there."""
+    """Context manager that raises Metal's wired limit as mlx-lm does, if `wanted`. Written for Metal, not run there."""
     if not wanted:
         return nullcontext()
     from mlx_lm.generate import wired_limit as raised
@@ -145,7 +145,7 @@ def wired_limit(model, wanted: bool) -> AbstractContextManager:
 
 
 def peak_memory_bytes() -> int:
-    """The process's peak on the CPU, MLX's own count on a GPU."""
+    """The process's peak memory on a CPU, MLX's own count on a GPU."""
     import mlx.core as mx
 
     if mx.default_device() != mx.Device(mx.cpu):
@@ -156,7 +156,7 @@ def peak_memory_bytes() -> int:
 
 
 def report(model, text: str, ids: list[int], prompt_tokens: int, last, reason: str | None) -> dict:
-    """What `--json` prints."""
+    """The object that `--json` prints."""
     return {
         "text": text,
         "token_ids": ids,
@@ -183,7 +183,7 @@ def experts_report(model) -> dict | None:
 
 
 def end_residency(model, profile: str | None) -> None:
-    """Saves the profile where one is asked for, and closes files and threads."""
+    """Saves the profile where `profile` names a file, and closes residency's files and threads."""
     from .runtime.loaded import loaded_of
 
     residency = loaded_of(model).residency

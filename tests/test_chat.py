@@ -37,7 +37,7 @@ def loaded():
     return load(converted_directory(), expert_memory="all")
 
 
-def test_the_second_turn_computes_only_what_is_new_and_says_the_same(loaded):
+def test_the_second_turn_computes_only_its_new_tokens_and_answers_the_same(loaded):
     kept = Conversation(*loaded)
     answer(kept, "first question, long enough to leave the window behind")
     second = answer(kept, "second")
@@ -50,7 +50,7 @@ def test_the_second_turn_computes_only_what_is_new_and_says_the_same(loaded):
 
 @pytest.fixture(params=[True, False], ids=["on demand", "ahead"])
 def either_loop(request, loaded, monkeypatch):
-    """The step loop that waits for each token, and the one that begins the next before."""
+    """Both orders: the next forward pass begins after a token was handed out, or before."""
     monkeypatch.setattr(loaded[0].loaded, "synchronous", request.param)
     return loaded
 
@@ -69,7 +69,7 @@ def same_as_anew(loaded, conversation, text):
     return found, wanted
 
 
-def test_every_turn_computes_only_what_is_new_in_either_loop(either_loop):
+def test_every_turn_computes_only_its_new_tokens_in_both_orders(either_loop):
     conversation = Conversation(*either_loop)
     answer(conversation, "first question, long enough to leave the window behind", n=9)
     for text in ("second", "third"):
@@ -79,7 +79,7 @@ def test_every_turn_computes_only_what_is_new_in_either_loop(either_loop):
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_an_answer_that_is_stopped_leaves_the_caches_of_what_was_said(tokens, either_loop):
+def test_a_stopped_answer_keeps_the_caches_of_its_text(tokens, either_loop):
     conversation = Conversation(*either_loop)
     steps = conversation.answer("first, a question of some length, longer than the next", max_tokens=20, sampler=greedy)
     said = "".join(next(steps).text for _ in range(tokens))
@@ -89,7 +89,7 @@ def test_an_answer_that_is_stopped_leaves_the_caches_of_what_was_said(tokens, ei
     assert found[0].prompt_tokens < anew[0].prompt_tokens - 50
 
 
-def test_a_prompt_that_is_stopped_between_chunks_is_taken_back_and_its_caches_stay(loaded):
+def test_a_prompt_stopped_between_chunks_is_taken_back_and_its_caches_stay(loaded):
     conversation = Conversation(*loaded)
 
     def stop(done, total):
@@ -104,7 +104,7 @@ def test_a_prompt_that_is_stopped_between_chunks_is_taken_back_and_its_caches_st
     assert found[0].prompt_tokens == anew[0].prompt_tokens - 24
 
 
-def test_a_forward_pass_that_is_broken_off_leaves_the_next_turn_right(loaded, monkeypatch):
+def test_an_interrupted_forward_pass_does_not_change_the_next_turn(loaded, monkeypatch):
     conversation = Conversation(*loaded)
     answer(conversation, "first")
     layer = loaded[0].layers[2].mlp
@@ -120,7 +120,7 @@ def broken_off(*_):
     raise KeyboardInterrupt
 
 
-def test_what_was_computed_is_not_kept_with_every_tokens_logprobs(loaded):
+def test_logprobs_of_earlier_tokens_are_freed(loaded):
     conversation = Conversation(*loaded)
     steps = conversation.answer("hello", max_tokens=5, sampler=greedy)
     first = weakref.ref(next(steps))
@@ -133,7 +133,7 @@ def test_what_was_computed_is_not_kept_with_every_tokens_logprobs(loaded):
 # Ctrl-C
 
 
-def test_the_first_interrupt_asks_and_the_second_raises():
+def test_the_first_interrupt_sets_asked_and_the_second_raises():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
@@ -217,7 +217,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_lines_are_edited_and_remember
         assert terminal.ended() == 0
 
 
-def test_a_history_that_cannot_be_kept_is_a_note(endless, tmp_path):
+def test_a_history_that_cannot_be_written_is_a_note(endless, tmp_path):
     (tmp_path / "file").write_text("")
     with chat_in_terminal(endless, tmp_path / "file") as terminal:
         terminal.expect("note: the lines you type are not kept: .*chat_history: Not a directory")
@@ -254,7 +254,7 @@ def said(session, capsys, *lines: str) -> str:
     return capsys.readouterr().out
 
 
-def test_load_brings_back_what_save_wrote(loaded, tmp_path, capsys):
+def test_load_restores_what_save_wrote(loaded, tmp_path, capsys):
     first, later, other = (Chat(*loaded, build_parser().parse_args(["-m", "4", "--temp", "0"])) for _ in range(3))
     said(first, capsys, "/system Be brief.", "a first question", f"/save {tmp_path / 'talk.json'}")
     wanted = said(first, capsys, "and more")
@@ -278,7 +278,7 @@ def test_help_and_settings(loaded, capsys):
 @pytest.mark.parametrize(
     "line", ["/top-p 7", "/top-p -1", "/top-p nan", "/temperature -1", "/temperature inf", "/temperature", "/think"]
 )
-def test_settings_out_of_range_are_refused_and_change_nothing(line, loaded):
+def test_chat_rejects_settings_out_of_range_and_changes_nothing(line, loaded):
     session = Chat(*loaded, build_parser().parse_args(["--temp", "0.3", "--top-p", "0.4"]))
     with pytest.raises(MimoError, match=line.split()[0]):
         session.command(line)
@@ -298,7 +298,7 @@ def test_settings_out_of_range_are_refused_and_change_nothing(line, loaded):
         {"system": "half \ud83d", "messages": []},
     ],
 )
-def test_load_refuses_what_save_would_not_write(state, loaded, tmp_path):
+def test_load_rejects_what_save_would_not_write(state, loaded, tmp_path):
     session = Chat(*loaded, build_parser().parse_args([]))
     session.conversation.messages = before = [{"role": "user", "content": "kept"}]
     (tmp_path / "talk.json").write_text(json.dumps(state))
@@ -307,7 +307,7 @@ def test_load_refuses_what_save_would_not_write(state, loaded, tmp_path):
     assert session.conversation.messages is before
 
 
-def test_a_template_that_refuses_a_message_is_an_error_and_the_talk_goes_on(tmp_path):
+def test_a_template_that_rejects_a_message_is_an_error_and_chat_goes_on(tmp_path):
     directory = tmp_path / "model"
     link_directory(converted_directory(), directory)
     fields = json.loads((directory / "tokenizer_config.json").read_text())
@@ -323,7 +323,7 @@ def test_a_template_that_refuses_a_message_is_an_error_and_the_talk_goes_on(tmp_
     assert messages[0]["content"] == "hello"
 
 
-def test_a_last_line_that_goes_on_is_not_lost_and_bytes_that_are_no_text_are_taken(tmp_path):
+def test_an_unfinished_last_line_is_kept_and_bytes_that_are_not_utf8_are_accepted(tmp_path):
     file = tmp_path / "talk.json"
     command = [sys.executable, "-m", "mlx_mimo.chat", "--model", str(converted_directory()), "-m", "2", "--temp", "0"]
     lines = f"one \\\ntwo\nbyte \udcff\n/save {file}\n/stats\\".encode(errors="surrogateescape")
@@ -334,7 +334,7 @@ def test_a_last_line_that_goes_on_is_not_lost_and_bytes_that_are_no_text_are_tak
     assert b"tokens at" in result.stdout
 
 
-def test_wrong_commands_are_errors_and_the_talk_goes_on(tmp_path):
+def test_wrong_commands_are_errors_and_chat_goes_on(tmp_path):
     (tmp_path / "bad.json").write_text("[]")
     lines = ["/fly", "/think maybe", "/temperature hot", f"/load {tmp_path / 'bad.json'}", "/save", "hello"]
     result = mimo("--model", converted_directory(), "-m", 2, "--temp", 0, stdin="\n".join(lines), command="chat")

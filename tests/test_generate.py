@@ -56,7 +56,7 @@ def test_json_has_the_documented_fields():
     assert report["finish_reason"] in ("length", "stop")
 
 
-def test_a_budget_and_stdin_give_the_same_text():
+def test_a_budget_and_a_prompt_from_stdin_give_the_same_text():
     whole = mimo("--model", converted_directory(), "-p", "the same", "-m", 8, "--temp", 0, "--json")
     streamed = mimo(
         *("--model", converted_directory(), "-p", "-", "-m", 8, "--temp", 0, "--json", "--expert-memory", "100kB"),
@@ -70,7 +70,7 @@ def test_a_budget_and_stdin_give_the_same_text():
 
 
 @pytest.mark.parametrize(("prompt", "stdin"), [(b"a \xff b", b""), (b"-", b"a \xff b")])
-def test_bytes_that_are_no_text_are_taken(prompt, stdin):
+def test_bytes_that_are_not_utf8_are_accepted(prompt, stdin):
     command = [sys.executable, "-m", "mlx_mimo.generate", "--model", str(converted_directory()), "--json"]
     command += ["-m", "2", "--temp", "0", "--prompt", os.fsdecode(prompt)]
     result = subprocess.run(command, input=stdin, capture_output=True, timeout=DEADLINE)
@@ -101,7 +101,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr():
         (["--model", "./nowhere"], 2, "no such directory"),
     ],
 )
-def test_wrong_usage_is_one_clear_line(arguments, code, words):
+def test_wrong_usage_is_one_line_on_stderr(arguments, code, words):
     result = mimo("--model", converted_directory(), *arguments)
     assert result.returncode == code
     assert words in result.stderr.splitlines()[-1]
@@ -117,7 +117,7 @@ def test_max_tokens_0_generates_nothing():
 
 
 @pytest.mark.parametrize("flags", [("--json",), ()])
-def test_the_answer_comes_before_a_profile_that_cannot_be_written(flags, tmp_path):
+def test_the_answer_is_printed_before_a_profile_fails_to_be_written(flags, tmp_path):
     profile = tmp_path / "no such folder" / "use.json"
     arguments = ("--prompt", "hello", "-m", 3, "--temp", 0, "--expert-memory", "100kB", "--profile", profile)
     result = mimo("--model", converted_directory(), *arguments, *flags)
@@ -131,7 +131,7 @@ def test_the_answer_comes_before_a_profile_that_cannot_be_written(flags, tmp_pat
         assert "prompt tokens at" in result.stderr
 
 
-def test_a_prompt_longer_than_the_context():
+def test_generate_rejects_a_prompt_longer_than_the_context():
     result = mimo("--model", converted_directory(), "--prompt", "-", stdin="x" * 300_000)
     assert result.returncode == 2
     assert "max_position_embeddings" in result.stderr
@@ -143,7 +143,7 @@ def test_an_fp8_directory_without_a_terminal_prints_the_command():
     assert "mlx_mimo convert --hf-path" in result.stderr
 
 
-def test_the_console_entry_lists_commands_and_refuses_others():
+def test_the_console_entry_lists_commands_and_rejects_others():
     listing = subprocess.run([sys.executable, "-m", "mlx_mimo"], capture_output=True, text=True)
     assert listing.returncode == 0
     assert "generate" in listing.stdout

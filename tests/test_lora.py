@@ -72,7 +72,7 @@ def test_training_lowers_the_loss(trained):
     assert float(tested[1]) < found[0]
 
 
-def test_every_projection_of_attention_has_learnt(trained):
+def test_training_changes_every_projection_of_attention(trained):
     weights = mx.load(str(trained[0] / "adapters.safetensors"))
     expected = {
         f"model.layers.{layer}.{key}.lora_{part}" for layer in range(ALL_LAYERS) for key in ATTENTION for part in "ab"
@@ -130,7 +130,7 @@ def test_gradients_are_those_of_mlx_lms_own_model(monkeypatch):
         assert mx.linalg.norm(gradient - expected[name]).item() < 1e-3 * size, name
 
 
-def test_training_on_experts_is_refused(data, tmp_path):
+def test_training_of_experts_is_rejected(data, tmp_path):
     result = train(data, tmp_path / "adapter", [*ATTENTION, "mlp.switch_mlp.gate_proj"], "--iters", 1)
     assert result.returncode != 0
     assert "ExpertsKeptOutsideTheModel" in result.stderr.splitlines()[-1]
@@ -270,7 +270,7 @@ def test_fuse_through_the_bridge_saves_what_fuse_without_it_saves(flags, trained
     assert error < effect / 3
 
 
-def test_fuse_refuses_experts_that_do_not_fit(monkeypatch):
+def test_fuse_rejects_experts_that_do_not_fit_into_memory(monkeypatch):
     for name, value in STREAMED.items():
         monkeypatch.setenv(name, value)
     model, _ = load_model(bridged_directory(), trust_remote_code=True)
@@ -294,13 +294,13 @@ def on_experts(directory: Path, keys: list[str] | None) -> Path:
 
 
 @pytest.mark.parametrize("keys", [None, ["mlp.switch_mlp.gate_proj"]])
-def test_an_adapter_on_experts_is_refused_by_name(keys, tmp_path):
+def test_load_rejects_an_adapter_on_experts_by_its_tensor(keys, tmp_path):
     with pytest.raises(MimoError, match=r"model\.layers\.1\.mlp\.switch_mlp\.gate_proj.*attention alone"):
         load(converted_directory(), expert_memory="120KB", adapter_path=on_experts(tmp_path / "adapter", keys))
 
 
 @pytest.mark.parametrize("keys", [None, ["mlp.switch_mlp.gate_proj"]])
-def test_mlx_lm_refuses_an_adapter_on_experts_through_the_bridge(keys, tmp_path):
+def test_mlx_lm_rejects_an_adapter_on_experts_through_the_bridge(keys, tmp_path):
     flags = ("--adapter-path", on_experts(tmp_path / "adapter", keys))
     result = mlx_lm("bridged", "generate", *PROMPT, *flags)
     assert result.returncode != 0
@@ -308,14 +308,14 @@ def test_mlx_lm_refuses_an_adapter_on_experts_through_the_bridge(keys, tmp_path)
     assert ("switch_mlp.gate_proj" if keys is None else "ExpertsKeptOutsideTheModel") in last
 
 
-def test_an_adapter_on_experts_is_one_clear_line_in_a_command(tmp_path):
+def test_an_adapter_on_experts_is_one_line_on_stderr(tmp_path):
     result = mimo("--model", converted_directory(), *PROMPT, "--adapter-path", on_experts(tmp_path / "adapter", None))
     assert result.returncode == 1
     assert "adapts experts" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 
-def test_what_is_no_adapter_is_refused(tmp_path):
+def test_load_rejects_a_directory_that_is_not_an_adapter(tmp_path):
     model = converted_directory()
     with pytest.raises(UsageError, match="no such directory"):
         load(model, adapter_path=tmp_path / "nowhere")

@@ -22,18 +22,18 @@ def needs(package: str) -> pytest.MarkDecorator:
 GREEDY = ("--prompt", "hello", "-m", 12, "--temp", 0)
 
 
-def test_generate_wants_the_flag_that_trusts_the_bridge():
+def test_generate_needs_trust_remote_code_where_the_bridge_is_on():
     refused = mlx_lm("bridged", "generate", *GREEDY, without=("--trust-remote-code",))
     assert refused.returncode != 0
     assert "trust_remote_code" in refused.stderr
 
 
 @pytest.mark.long
-def test_generate_stock_without_a_flag():
+def test_generate_runs_without_the_flag_where_the_bridge_is_off():
     assert len(generated(mlx_lm("stock", "generate", *GREEDY))) > 1
 
 
-def test_generate_streams_experts_and_says_what_the_resident_model_says(tmp_path):
+def test_generate_with_streamed_experts_gives_the_text_of_the_resident_model(tmp_path):
     profile = tmp_path / "use.npz"
     streamed = generated(mlx_lm("bridged", "generate", *GREEDY, settings={"MLX_MIMO_PROFILE": str(profile)}))
     assert streamed == generated(mlx_lm("bridged", "generate", *GREEDY, settings={"MLX_MIMO_EXPERT_MEMORY": "all"}))
@@ -51,7 +51,7 @@ def test_a_profile_that_cannot_be_written_is_one_line_at_the_end(tmp_path):
 
 @pytest.mark.long
 @EITHER
-def test_chat(kind):
+def test_chat_answers(kind):
     said = succeeded(mlx_lm(kind, "chat", "--max-tokens", 4, "--temp", 0, stdin="hello\nand now\nq\n"))
     assert said.count("›") == 3
     assert said.rstrip().endswith("bye\x1b[0m")
@@ -67,7 +67,7 @@ def test_a_cache_that_cache_prompt_wrote_serves_generate(kind, tmp_path):
 
 @pytest.mark.long
 @EITHER
-def test_benchmark(kind):
+def test_benchmark_runs(kind):
     measured = succeeded(mlx_lm(kind, "benchmark", "-p", 8, "-g", 4, "-n", 1))
     found = re.search(r"Averages: prompt_tps=([\d.]+), generation_tps=([\d.]+)", measured)
     assert float(found[1]) > 0
@@ -79,7 +79,7 @@ def test_benchmark(kind):
 
 @pytest.mark.long
 @EITHER
-def test_server(kind, tmp_path):
+def test_server_answers(kind, tmp_path):
     profile, log = tmp_path / "use.npz", tmp_path / "log"
 
     def ask(text: str) -> dict:

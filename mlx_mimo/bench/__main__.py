@@ -22,7 +22,7 @@ from .peer import NAME as PEER
 from .peer import Peer, bytes_in_memory
 
 if TYPE_CHECKING:
-    from .report import Row
+    from .report import CaseResult
 
 SCHEMA_VERSION = 1
 
@@ -85,10 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def counts(text: str) -> list[int]:
+    """argparse type: whole numbers of at least 1, separated by commas."""
     return [positive_int(part) for part in text.split(",")]
 
 
 def depths(text: str) -> list[int]:
+    """argparse type: whole numbers of at least 0, separated by commas."""
     return [non_negative_int(part) for part in text.split(",")]
 
 
@@ -109,7 +111,7 @@ def bench(args: argparse.Namespace) -> int:
         "disk_limit_bytes_per_s": limit,
         "rows": [asdict(row) for row in rows],
     }
-    # First on the screen: a file that cannot be written must not cost the figures.
+    # Printed first: a file that cannot be written then loses no figures.
     if args.json:
         print(json.dumps(report))
     else:
@@ -122,7 +124,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be known to be wrong before minutes are spent. Raises UsageError or MimoError."""
+    """Checks all flags that can be checked before anything is loaded. Raises UsageError or MimoError."""
     for part in args.expert_memory.split(","):
         if part.endswith("%"):
             _share(part)
@@ -156,7 +158,7 @@ def _check_length(args: argparse.Namespace, config: dict) -> None:
 
 @contextlib.contextmanager
 def _subject(args: argparse.Namespace) -> Iterator[Path]:
-    """The directory that is timed; a synthetic one is gone afterwards."""
+    """Context manager of the directory that is timed; a synthetic one is written now and deleted at the end."""
     from ..runtime.source import find
 
     if not args.synthetic:
@@ -181,11 +183,12 @@ def _subject(args: argparse.Namespace) -> Iterator[Path]:
         yield directory
 
 
-def _measure(args: argparse.Namespace, directory: Path, limit: float | None) -> Iterator["Row"]:
+def _measure(args: argparse.Namespace, directory: Path, limit: float | None) -> Iterator["CaseResult"]:
+    """Loads the model at each expert memory and runs every case on it; `limit` is the disk's speed in bytes/s."""
     import mlx.core as mx
 
     from ..runtime.load import load
-    from .report import OURS, row_of
+    from .report import OURS, case_result
     from .throttle import Throttle
     from .timing import Case, run_case
 
@@ -216,9 +219,9 @@ def _measure(args: argparse.Namespace, directory: Path, limit: float | None) -> 
                         ours.append(run_case(model, case, piece))
                         if peer:
                             theirs.append(peer.run(case, piece))
-                    yield row_of(OURS, wanted, model, case, ours[args.warmup :])
+                    yield case_result(OURS, wanted, model, case, ours[args.warmup :])
                     if peer:
-                        yield row_of(PEER, "all", None, case, theirs[args.warmup :])
+                        yield case_result(PEER, "all", None, case, theirs[args.warmup :])
             finally:
                 if model.residency is not None:
                     model.residency.close()
@@ -237,7 +240,7 @@ def _share(text: str) -> float:
 
 
 def _memory(text: str, directory: Path) -> str | int:
-    """What `load` takes; a share becomes bytes of slots, of each shape as many whole ones as come nearest."""
+    """The `expert_memory` of `load`; a share becomes the bytes of the nearest whole number of slots of each shape."""
     if not text.endswith("%"):
         return text if text in ("auto", "all") else parse_size(text)
     share = _share(text)
@@ -245,7 +248,7 @@ def _memory(text: str, directory: Path) -> str | int:
 
 
 def _slots(directory: Path) -> list[tuple[int, int]]:
-    """(experts, bytes of a slot) of each shape that experts of this directory have; none where they are stacked."""
+    """(number of experts, bytes of a slot) for each expert shape of this directory; empty where experts are stacked."""
     from ..checkpoint.directory import Directory
     from ..experts.banks import slot_bytes
     from ..experts.pool import group_by_shape
@@ -261,7 +264,7 @@ def _slots(directory: Path) -> list[tuple[int, int]]:
 
 
 def _check_room(args: argparse.Namespace, directory: Path) -> None:
-    """Refuses to load a second copy where the two would swap: nothing could be timed then. Raises MimoError."""
+    """Raises MimoError where both copies of the model do not fit into free memory: swapping would be timed then."""
     import mlx.core as mx
 
     from ..checkpoint.directory import read_config
@@ -287,8 +290,8 @@ def _check_room(args: argparse.Namespace, directory: Path) -> None:
 
 
 def _tokens(args: argparse.Namespace, directory: Path, sizes: Sequence[int]) -> list[list[list[int]]]:
-    """For each case the tokens of each of its runs. No two runs share any: a repeated text finds its experts in
-    memory. Every expert memory, and the other system, gets the same."""
+    """Token ids by case and run. No two runs share a piece of text: a repeated one would find its experts in memory.
+    Every expert memory and both systems get the same tokens. Raises UsageError where --text is too short."""
     turns = args.warmup + args.repeats
     if args.text is None:
         import numpy as np

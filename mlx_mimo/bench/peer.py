@@ -1,8 +1,8 @@
-"""Unmodified mlx-lm in a process of its own: `bench --against mlx-lm` asks it for one timed run at a time.
+"""Unmodified mlx-lm in its own process: `bench --against mlx-lm` asks it for one timed run at a time.
 
 Run as `python -m mlx_mimo.bench.peer DIR`. One JSON object a line comes in ({"past", "prompt", "following"}, token
-ids) and one goes out ({"prefill_s", "decode_s"}); the first line out is {"ready": true}. What computes there imports
-nothing of ours; `Peer` is this side of the pipe.
+ids) and one goes out ({"prefill_s", "decode_s"}); the first line out is {"ready": true}. The model code in
+that process is mlx-lm's alone; `Peer` is this side of the pipe.
 """
 
 import json
@@ -11,10 +11,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint.directory import MTP_FILE, weight_files
 from ..checkpoint.header import read_header
 from ..errors import MimoError
+
+if TYPE_CHECKING:
+    from .timing import Case, Sample
 
 NAME = "mlx-lm"
 
@@ -34,7 +38,7 @@ def load_peer(directory: Path):
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
-    # A directory of ours may name our class as its model_file: this is to be mlx-lm's own.
+    # With the bridge on, model_file names our class: here mlx-lm's own is wanted.
     model, _ = load_model(directory, model_config={"model_file": None})
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)  # MLX's CPU backend is several times slower in bfloat16
@@ -43,7 +47,8 @@ def load_peer(directory: Path):
 
 
 def bytes_in_memory(directory: Path, item_bytes: int) -> int:
-    """What that model takes; `item_bytes` is the size of a 16-bit parameter there, 4 on a CPU."""
+    """Bytes of the model that `load_peer` returns; `item_bytes` is what it stores a 16-bit parameter in: 4 on a CPU,
+    else 2."""
     total = 0
     for path in weight_files(directory):
         if path.name != MTP_FILE:
@@ -53,7 +58,7 @@ def bytes_in_memory(directory: Path, item_bytes: int) -> int:
 
 
 def timed(model, past: Sequence[int], prompt: Sequence[int], following: Sequence[int]) -> dict:
-    """Seconds of one run on given tokens; nothing of it is still being computed when this returns."""
+    """Runs given tokens and returns {"prefill_s", "decode_s"}, once nothing of the run is being computed any more."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step, generation_stream
     from mlx_lm.models.cache import make_prompt_cache
@@ -74,17 +79,18 @@ def timed(model, past: Sequence[int], prompt: Sequence[int], following: Sequence
     for _ in steps:
         first = first or time.perf_counter()
     end = time.perf_counter()
-    # mlx-lm has enqueued a step more than it was asked for: it would run on while the other program is timed.
+    # mlx-lm has enqueued one step too many: it would run on while the other program is timed.
     mx.synchronize(generation_stream)
     return {"prefill_s": first - began, "decode_s": end - first}
 
 
 def answer(fields: dict) -> None:
+    """Sends one line to the other side."""
     print(json.dumps(fields), flush=True)
 
 
 class Peer:
-    """The process, while the context lasts. Raises MimoError where it ends before it is told to."""
+    """Context manager: starts the process and ends it. Raises MimoError where the process ends early."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -103,18 +109,19 @@ class Peer:
         try:
             self.process.stdin.close()
         except OSError:
-            self.process.kill()  # it does not read any more: there is nothing to wait for
+            self.process.kill()  # it no longer reads its input, so it would not end by itself
         self.process.stdout.close()
         self.process.wait()
 
-    def run(self, case, tokens: Sequence[int]):
-        from .timing import Sample, split
+    def run(self, case: "Case", tokens: Sequence[int]) -> "Sample":
+        """One timed run of a case on `tokens`."""
+        from .timing import Sample
 
-        past, prompt, following = split(case, tokens)
+        past, prompt, following = case.cut(tokens)
         try:
             self.process.stdin.write(json.dumps({"past": past, "prompt": prompt, "following": following}) + "\n")
             self.process.stdin.flush()
-        except OSError as error:  # a broken pipe must not be taken for our own reader's going away
+        except OSError as error:  # a BrokenPipeError would be taken for a closed stdout of ours
             raise self._ended() from error
         return Sample(**self._answer())
 

@@ -1,10 +1,12 @@
-"""What bench says of its runs: a row for each case, the table, the plot, and on what machine it was."""
+"""What bench reports: a result for each case, the table, the plot, and the machine it ran on."""
 
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import mlx.nn as nn
 
 from ..errors import MimoError
 from ..runtime.loaded import loaded_of
@@ -15,11 +17,12 @@ OURS = "mlx-mimo"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One system at one expert memory on one case, over all repeats. Figures of reading are None where none is done."""
+class CaseResult:
+    """One system at one expert memory on one case, over all repeats. Figures about reads are None where nothing is
+    read."""
 
     system: str
-    expert_memory: str  # as it was asked for
+    expert_memory: str  # as the flag gave it
     slots: int | None
     resident: float  # share of all experts
     prompt_tokens: int
@@ -30,15 +33,16 @@ class Row:
     prefill_hit_rate: float | None
     decode_hit_rate: float | None
     disk_bytes_per_token: float | None  # of decode
-    decode_read_share: float | None  # of the time, in which at least one read was running
+    decode_read_share: float | None  # share of decode time in which at least one read was running
     prefill_read_share: float | None
-    decode_wait_share: float | None  # of the time, in which the model stood still for reads
+    decode_wait_share: float | None  # share of decode time in which the model waited for reads
     prefill_wait_share: float | None
-    samples: list  # every run that counts, in seconds and bytes
+    samples: list  # every counted run, in seconds and bytes
 
 
-def row_of(system: str, memory: str, model, case: Case, samples: Sequence[Sample]) -> Row:
-    """`model` is None for a system that has everything in memory and no counters."""
+def case_result(system: str, memory: str, model: nn.Module | None, case: Case, samples: Sequence[Sample]) -> CaseResult:
+    """Sums up the runs of one case. `model` is None for a system that keeps all experts in memory and counts
+    nothing."""
     slots, resident = None, 1.0
     residency = None if model is None else loaded_of(model).residency
     if residency is not None:
@@ -53,7 +57,7 @@ def row_of(system: str, memory: str, model, case: Case, samples: Sequence[Sample
     def ratio(over: float, under: float) -> float | None:
         return over / under if streamed and under else None
 
-    return Row(
+    return CaseResult(
         system,
         memory,
         slots,
@@ -75,7 +79,7 @@ def row_of(system: str, memory: str, model, case: Case, samples: Sequence[Sample
 
 
 def machine_line() -> str:
-    """'Linux x86_64, a processor's name, 8 cores, 32.0 GB of memory'."""
+    """Such as 'Linux x86_64, a processor's name, 8 cores, 32.0 GB of memory'."""
     import psutil
 
     memory = format_size(psutil.virtual_memory().total)
@@ -83,7 +87,7 @@ def machine_line() -> str:
 
 
 def _processor() -> str:
-    """What the system calls it; Linux on ARM often has no name for it."""
+    """The processor's name as the system gives it; Linux on ARM often has none."""
     from ..planning.machine import chip_name
 
     if platform.system() != "Linux":
@@ -96,7 +100,7 @@ def _processor() -> str:
     return named[0] if named else "processor without a name"
 
 
-def print_table(report: dict, rows: list[Row]) -> None:
+def print_table(report: dict, rows: list[CaseResult]) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     print(f"{report['machine']}; {versions}; {report['date']}")
     if report["disk_limit_bytes_per_s"]:
@@ -121,8 +125,9 @@ def _spread(figures: dict) -> str:
     return f"{figures['median']:.1f} ({figures['least']:.1f}–{figures['most']:.1f})"
 
 
-def plot(path: Path, rows: list[Row]) -> None:
-    """Decode speed against what varies most among memory, context and prompt; prefill against prompt length."""
+def plot(path: Path, rows: list[CaseResult]) -> None:
+    """Writes a plot of decode and prefill speed against whichever of memory, context and prompt length has most values.
+    Raises MimoError without matplotlib, or where the file cannot be written."""
     try:
         import matplotlib
 

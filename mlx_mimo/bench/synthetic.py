@@ -1,7 +1,7 @@
-"""Checkpoints of random weights with the released model's shapes, in the converted format, for timing.
+"""Checkpoints of random weights with the released model's widths, in the converted format, for timing.
 
-Fewer layers and fewer experts a layer than the release has, the same widths: an expert is as large, a layer as slow.
-Narrower ones have room for as many experts as the release in a small file: residency then has something to choose from.
+They have fewer layers and fewer experts a layer than the release; each expert and each layer costs as much as there.
+With divided widths a small file holds as many experts as the release, so that residency has something to choose from.
 """
 
 import json
@@ -16,7 +16,7 @@ from ..errors import MimoError, UsageError
 from ..planning.budget import Budget, estimate
 from ..units import format_size
 
-LAYERS = (6, 12, 24, 48)  # of which the first is dense and the first and last are global, every sixth in between
+LAYERS = (6, 12, 24, 48)  # numbers of layers; the first layer is dense, the first and every sixth are global
 VOCABULARY = 4096
 NARROWED = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -67,7 +67,7 @@ def _weights(config: dict, recipe: str) -> int:
 
 
 def parameters(config: dict) -> int:
-    """Of the trunk and all experts."""
+    """The number of parameters of the trunk and all experts."""
     from ..checkpoint import shapes
 
     wanted = shapes.trunk_shapes(config)
@@ -107,7 +107,7 @@ def write_synthetic(directory: Path, config: dict, recipe: str, seed: int = 0) -
 
 
 def _random(item, generator: np.random.Generator) -> list[bytes]:
-    """The stored tensors of one weight, of the size that keeps activations near 1."""
+    """The bytes of each stored tensor of one weight, scaled so that activations stay near 1."""
     shape, kind = item.source.shape, item.source.kind
     if item.quantization is None:
         if len(shape) == 1 and kind in ("norm", "mtp.norm"):

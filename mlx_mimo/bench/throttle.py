@@ -1,4 +1,4 @@
-"""A slower disk than the one there is: positional reads held back to a given speed."""
+"""A slower disk: positional reads held back to a given speed."""
 
 import os
 import threading
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 class Throttle:
-    """Stands in for `os.preadv`: all threads together get at most `bytes_per_second`."""
+    """Replaces `os.preadv`: all threads together read at most `bytes_per_second`."""
 
     def __init__(self, bytes_per_second: float):
         self.bytes_per_second = bytes_per_second
         self._lock = threading.Lock()
-        self._free_at = 0.0  # when the disk would be done with what was asked so far
+        self._free_at = 0.0  # when the slower disk would have finished all reads so far
 
     def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         began = time.perf_counter()

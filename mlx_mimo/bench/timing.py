@@ -1,11 +1,11 @@
-"""One timed run: a prompt at some depth of context, then tokens that are given, so that every run computes the same.
+"""One timed run: a prompt at some depth of context, then given tokens, so that every run computes the same.
 
-The tokens that follow are not the model's choice but the next ones of the same text: another program, or another
-budget, is then timed on the very same work, and a random model does not fall into a loop.
+The tokens after the prompt are the next ones of the text instead of the model's choice: another program or another
+expert memory is then timed on the same work, and a model of random weights does not repeat itself.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -13,12 +13,13 @@ from statistics import median
 import mlx.core as mx
 
 from ..runtime.loaded import loaded_of
+from ..runtime.sampling import Sampler
 from ..runtime.steps import prefill, steps
 
 
 @dataclass(frozen=True)
 class Case:
-    """`depth` tokens are in the caches before the clock starts."""
+    """What is timed: a prompt and the tokens after it, with `depth` tokens in the caches before the clock starts."""
 
     prompt_tokens: int
     depth: int
@@ -26,13 +27,22 @@ class Case:
 
     @property
     def tokens(self) -> int:
+        """Tokens of one run, the context included."""
         return self.depth + self.prompt_tokens + self.generation_tokens
+
+    def cut(self, tokens: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """The first `self.tokens` of `tokens` as (context, prompt, generated). Raises ValueError where there are too
+        few."""
+        if len(tokens) < self.tokens:
+            raise ValueError(f"{len(tokens)} tokens, {self.tokens} needed")
+        start, end = self.depth, self.depth + self.prompt_tokens
+        return list(tokens[:start]), list(tokens[start:end]), list(tokens[end : self.tokens])
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds, and what residency did, of one run. Prefill ends with the first token. `read_s` is the time in which at
-    least one read was running, `wait_s` the part of it in which the model stood still."""
+    """The times and residency counts of one run. Prefill ends with the first token. `read_s` is the time in which at
+    least one read was running, `wait_s` the part of it in which the model waited."""
 
     prefill_s: float
     decode_s: float
@@ -59,14 +69,14 @@ class Spread:
         return cls(median(values), min(values), max(values))
 
 
-def forced(tokens: Sequence[int]) -> Iterator:
-    """A sampler that gives `tokens` one after another, whatever the model would say."""
-    following = iter([*tokens, tokens[-1], tokens[-1]])  # mlx-lm asks one step ahead
+def forced_sampler(tokens: Sequence[int]) -> Sampler:
+    """A sampler that returns `tokens` one after another and ignores the model's logprobs."""
+    following = iter([*tokens, tokens[-1], tokens[-1]])  # a loop that runs ahead samples more than it hands out
     return lambda logprobs: mx.array([next(following)])
 
 
 class Waiting:
-    """Seconds that the model's own thread spends on reads: it reads itself, or has nothing to do until others have."""
+    """Context manager: `seconds` is how long the model's thread has read itself or waited for other threads' reads."""
 
     def __init__(self, reader):
         self.reader = reader
@@ -98,8 +108,8 @@ class Waiting:
 
 
 def run_case(model, case: Case, tokens: Sequence[int]) -> Sample:
-    """Times a case on the first `case.tokens` of `tokens`."""
-    past, prompt, following = split(case, tokens)
+    """Runs a case once, on the first `case.tokens` of `tokens`, and returns its times and counts."""
+    past, prompt, following = case.cut(tokens)
     cache = model.make_cache()
     if past:
         prefill(model, mx.array([*past, 0]), cache, loaded_of(model).prefill_chunk, lambda *_: None)
@@ -107,7 +117,9 @@ def run_case(model, case: Case, tokens: Sequence[int]) -> Sample:
     with Waiting(residency.reader if residency else None) as waiting:
         counters = [_counters(residency, waiting)]
         began = time.perf_counter()
-        answer = steps(model, mx.array(prompt), cache, max_tokens=case.generation_tokens, sampler=forced(following))
+        answer = steps(
+            model, mx.array(prompt), cache, max_tokens=case.generation_tokens, sampler=forced_sampler(following)
+        )
         first = 0.0
         for _ in answer:
             if not first:
@@ -117,14 +129,6 @@ def run_case(model, case: Case, tokens: Sequence[int]) -> Sample:
         counters.append(_counters(residency, waiting))
     in_prefill, in_decode = ([after - before for before, after in zip(*pair)] for pair in pairwise(counters))
     return Sample(first - began, end - first, *in_prefill, *in_decode)
-
-
-def split(case: Case, tokens: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """(what is in the caches before, the prompt, what follows)"""
-    if len(tokens) < case.tokens:
-        raise ValueError(f"{len(tokens)} tokens, {case.tokens} needed")
-    start, end = case.depth, case.depth + case.prompt_tokens
-    return list(tokens[:start]), list(tokens[start:end]), list(tokens[end : case.tokens])
 
 
 def _counters(residency, waiting: Waiting) -> tuple[int, int, int, float, float]:

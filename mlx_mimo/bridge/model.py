@@ -1,8 +1,8 @@
-"""What stands behind the bridge file of a converted directory: mlx-lm's loader builds our model, with residency.
+"""The classes that a directory's bridge file gives to mlx-lm's loader, which then builds our model with residency.
 
 mlx-lm imports the file that config.json names as `model_file`, takes `Model` and `ModelArgs` from it and loads the
-weights as ever. Residency has its say at two points: `sanitize` leaves the experts out, and `load_weights` puts
-the slots where they would have been.
+weights as for any model. Two methods bring in residency: `sanitize` leaves the experts out, and `load_weights` attaches
+residency in their place.
 """
 
 import atexit
@@ -81,7 +81,7 @@ VARIABLES: dict[str, tuple[Callable[[str], object], str]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says: variable MLX_MIMO_EXPERT_MEMORY is field `expert_memory`, and so on."""
+    """Settings from environment variables: MLX_MIMO_EXPERT_MEMORY sets `expert_memory`, and so on."""
 
     expert_memory: str | int = "auto"
     expert_policy: str = "lfu"
@@ -94,7 +94,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """Raises UsageError naming the variable; an empty one counts as unset."""
+        """Reads all variables; an empty one counts as unset. Raises UsageError that names the variable."""
         values = {}
         for field, (read, _) in VARIABLES.items():
             text = environment.get(PREFIX + field.upper(), "")
@@ -107,12 +107,13 @@ class Settings:
 
 
 def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.Module], type]:
-    """(Model, ModelArgs) for mlx-lm's loader, bound to `directory` and to the environment's settings."""
+    """Returns (Model, ModelArgs) for mlx-lm's loader, bound to `directory` and `settings` (default: the environment's).
+    Raises UsageError for a wrong variable, and MimoError for one that needs residency where experts are stacked."""
     settings = settings or Settings.from_environment()
     files = Directory(directory)
 
     class BridgedArgs:
-        """Stands for ModelArgs: mlx-lm calls `from_dict` alone."""
+        """In place of ModelArgs, of which mlx-lm calls `from_dict` only."""
 
         @staticmethod
         def from_dict(config: dict) -> ModelArgs:
@@ -134,7 +135,7 @@ def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.
 
 
 class _Bridged:
-    """What both kinds of bridged model share; stands before the model's class."""
+    """What both kinds of bridged model share: a mixin, to be named before the model's class."""
 
     def __init__(self, args: ModelArgs, directory: Directory, settings: Settings):
         super().__init__(args)
@@ -149,13 +150,13 @@ class _Bridged:
         return self
 
     def make_cache(self) -> list:
-        """mlx-lm's own caches: its commands save them to files and read them before any model is loaded."""
+        """Returns mlx-lm's own caches: its commands save them, and read them back before any model is loaded."""
         args = self.args
         layers = range(args.num_hidden_layers)
         return [RotatingKVCache(max_size=args.window) if args.is_sliding(i) else KVCache() for i in layers]
 
     def _prepare(self) -> None:
-        """Fits the process and the weights, which have just been loaded, to the device."""
+        """Prepares the process and the weights, which have just been loaded, for the device."""
         mx.set_cache_limit(cache_limit())
         if self._settings.threads is not None:
             from ..cpu import set_threads
@@ -169,14 +170,14 @@ class _Bridged:
         mx.eval(self.parameters())
 
     def update_modules(self, modules: dict, strict: bool = True) -> nn.Module:
-        """mlx_lm.fuse hands in what its adapters became, and then saves the model: as its directory stores it."""
+        """mlx_lm.fuse calls this with the fused modules and then saves the model, in the types of its directory."""
         super().update_modules(modules, strict)
         if self._ready and not any(hasattr(module, "fuse") for _, module in self.named_modules()):
             self._fused()
         return self
 
     def _fused(self) -> None:
-        """Weights that were widened for a CPU get the types back in which they are stored."""
+        """Casts weights that were widened for a CPU back to the types in which they are stored."""
         stored = {}
         for file in self._directory.weight_files:
             if not file.name.startswith("model-experts-"):
@@ -184,7 +185,7 @@ class _Bridged:
         narrowed = []
         for name, value in tree_flatten(self.parameters()):
             kind = stored.get(name, mx.float32)
-            if kind == mx.uint32:  # and no longer: --dequantize
+            if kind == mx.uint32:  # it was quantised on disk and was dequantised since (--dequantize)
                 kind = stored[name.removesuffix(".weight") + ".scales"]
             if value.dtype == mx.float32 and kind in (mx.bfloat16, mx.float16):
                 narrowed.append((name, value.astype(kind)))
@@ -192,13 +193,13 @@ class _Bridged:
 
 
 class _Whole(_Bridged, LoadedModel):
-    """Our model of a directory with stacked experts, everything in memory."""
+    """Our model of a directory with stacked experts, all of them in memory."""
 
 
 class ExpertsKeptOutsideTheModel(nn.Module):
-    """Stands under a projection's name in layers whose experts our residency keeps.
+    """A placeholder under a projection's name, in layers whose experts our residency keeps.
 
-    mlx-lm would pass over an adapter's key that names no module; here it refuses with this class's name.
+    mlx-lm ignores an adapter's key that names no module; with this one it raises an error that shows the class's name.
     """
 
 
@@ -213,7 +214,7 @@ class _WithResidency(_Bridged, TrunkModel):
         super()._prepare()
         settings = self._settings
         directory, memory = self._directory, settings.expert_memory
-        # mlx-lm's commands compute prompts in chunks of their own, 2048 tokens unless told.
+        # mlx-lm's commands choose the chunks of a prompt themselves: 2048 tokens by default.
         found = expert_limit(directory, self.args, memory, kernels=False, fixed_chunk=True)
         residency = attach(
             self,
@@ -240,7 +241,7 @@ class _WithResidency(_Bridged, TrunkModel):
             residency.trace_to(settings.trace)
         if settings.profile is not None and settings.profile.exists():
             residency.load_profile(settings.profile)
-        # mlx-lm's commands have no end that we could see.
+        # mlx-lm's commands do not tell the model when they end.
         atexit.register(self._at_exit)
 
     def _at_exit(self) -> None:
@@ -260,13 +261,14 @@ class _WithResidency(_Bridged, TrunkModel):
             residency.close()
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Training wants gradients: when it begins, the experts become mlx-lm's own modules, whole and resident.
+        """Replaces streamed experts by mlx-lm's own modules, all in memory, when training begins.
 
-        Streamed experts, and the CPU kernels, pass through NumPy and slots that change, where a gradient would be
-        wrong or zero. Residency ends here; evaluations between training steps use the whole experts too.
+        Streamed experts and the CPU kernels compute in NumPy and in slots that change, so gradients through them would
+        be wrong or zero. Residency ends here; evaluations between training steps use the whole experts, too. Raises
+        MimoError where the experts do not fit into memory.
         """
         if mode and self.residency is not None:
-            self._want_memory("training")
+            self._check_memory("training")
             self._end_residency()
             for layer in self.args.moe_layers:
                 self.layers[layer].mlp.switch_mlp = ExpertsElsewhere()  # frees the slots before anything is read
@@ -281,19 +283,19 @@ class _WithResidency(_Bridged, TrunkModel):
         return super().train(mode)
 
     def _fuse(self, layer: int, file: ExpertFile, dequantize: bool = False) -> nn.Module:
-        """What mlx_lm.fuse is to save of a layer's experts: all of them, read when they are written."""
-        self._want_memory("mlx_lm.fuse")
+        """The module of a layer's experts that mlx_lm.fuse saves; they are read when it writes them."""
+        self._check_memory("mlx_lm.fuse")
         return self._whole_experts(layer, file)  # dequantised by mlx-lm itself, which does so for every module
 
     def _fused(self) -> None:
         self._end_residency()
         super()._fused()
 
-    def _want_memory(self, what: str) -> None:
-        """Raises MimoError where the experts do not fit into what is free and what the slots take now."""
+    def _check_memory(self, what: str) -> None:
+        """Raises MimoError where the experts do not fit into the free memory and the slots' own."""
         held = self.residency.counters
         trunk = sum(value.nbytes for _, value in tree_flatten(self.parameters()))
-        # Metal's limit is one for all that a process keeps, so what is here already counts on both sides.
+        # Metal's limit is for the whole process, so what the process holds already counts on both sides.
         free = available_memory(working_set(), trunk + held.slots * held.slot_bytes) - trunk
         # Whole experts are MLX's own modules, which a CPU computes in float32.
         files = self._directory.expert_files.values()
@@ -305,19 +307,19 @@ class _WithResidency(_Bridged, TrunkModel):
             )
 
     def _whole_experts(self, layer: int, file: ExpertFile) -> nn.Module:
-        """mlx-lm's module of one layer's experts as they are stored, unread yet, without parameters to train."""
+        """mlx-lm's module of one layer's experts as they are stored: lazy arrays, frozen."""
         args, quantization = self.args, self._directory.config["quantization"]
         prefix = f"model.layers.{layer}.mlp.switch_mlp."
         default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
         stacked = Model.sanitize(self, mx.load(str(file.path)))
 
-        def as_stored(path: str, module: nn.Module) -> bool | dict:
+        def stored_quantization(path: str, module: nn.Module) -> bool | dict:
             if f"{prefix}{path}.scales" not in stacked:
                 return False
             return quantization.get(prefix + path, default)
 
         module = SwitchGLU(args.hidden_size, args.moe_intermediate_size, args.n_routed_experts)
-        nn.quantize(module, **default, class_predicate=as_stored)
+        nn.quantize(module, **default, class_predicate=stored_quantization)
         module.load_weights([(name.removeprefix(prefix), value) for name, value in stacked.items()])
         module.freeze()
         return module

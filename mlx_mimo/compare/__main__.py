@@ -57,9 +57,9 @@ def compare(args: argparse.Namespace) -> int:
 
     comparer = Comparer()
     with tempfile.TemporaryFile(prefix="mlx-mimo-compare-") as kept:
-        experts_a = _run(args, args.a, pieces, _Kept(kept))
+        experts_a = _run(args, args.a, pieces, _PredictionWriter(kept))
         kept.seek(0)
-        experts_b = _run(args, args.b, pieces, _Judged(kept, comparer, pieces, vocab, np.fromfile))
+        experts_b = _run(args, args.b, pieces, _PredictionComparer(kept, comparer, pieces, vocab, np.fromfile))
     result = comparer.result()
     if args.json:
         fields = {"schema_version": SCHEMA_VERSION, "a": args.a, "b": args.b, "text": args.text, "windows": len(pieces)}
@@ -82,8 +82,8 @@ def _read(path: str) -> str:
 
 
 def _prepare(args: argparse.Namespace, text: str) -> tuple[list[list[int]], int]:
-    """The text's windows and the vocabulary, the same in both directories, or an error before either runs: on a large
-    model that takes long."""
+    """(the text's windows, the vocabulary's size), which both directories share. Checks both before either is loaded,
+    since a run of a large model takes long. Raises FormatError, MimoError or UsageError."""
     from ..config.model_args import ModelArgs
     from ..runtime.load import load_tokenizer
     from ..runtime.source import find
@@ -112,7 +112,8 @@ def _no_room(what: str) -> str:
 
 
 def _run(args: argparse.Namespace, directory: str, pieces: list[list[int]], each) -> dict | None:
-    """Runs one model over the text; everything of it is gone afterwards. Returns its counters where it has any."""
+    """Runs one model over the text, calls `each` with its predictions and frees it. Returns the counters of expert
+    residency, or None where experts are stacked."""
     from ..runtime.load import load
     from .quality import predictions
 
@@ -132,8 +133,8 @@ def _run(args: argparse.Namespace, directory: str, pieces: list[list[int]], each
             model.residency.close()
 
 
-class _Kept:
-    """Model A's log-probabilities, on disk until model B is there."""
+class _PredictionWriter:
+    """Writes model A's log-probabilities to a file."""
 
     def __init__(self, file):
         self.file = file
@@ -145,8 +146,8 @@ class _Kept:
             raise MimoError(_no_room(error.strerror or str(error))) from error
 
 
-class _Judged:
-    """Model B's, compared as they come."""
+class _PredictionComparer:
+    """Compares model B's log-probabilities with the ones in the file."""
 
     def __init__(self, file, comparer, pieces: list[list[int]], vocab: int, fromfile):
         self.file, self.comparer, self.vocab, self.fromfile = file, comparer, vocab, fromfile

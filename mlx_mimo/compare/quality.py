@@ -12,7 +12,7 @@ ROWS = 64  # compared at once: 64 × 152,576 float64 are 78 MB
 
 @dataclass(frozen=True)
 class Comparison:
-    """Over all predicted tokens. Divergences in nats, of B from A: Σ p_A (log p_A - log p_B)."""
+    """Figures over all predicted tokens. Divergences of B from A are in nats: Σ p_A (log p_A - log p_B)."""
 
     tokens: int
     kl_mean: float
@@ -24,14 +24,15 @@ class Comparison:
 
 
 def windows(ids: Sequence[int], length: int, most: int) -> list[list[int]]:
-    """Pieces of at most `length` tokens, each read from an empty cache; `most` tokens in all, no piece below two."""
+    """Cuts the first `most` of `ids` into pieces of `length` tokens; a last piece of one token is left out."""
     ids = list(ids[:most])
     pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
     return [piece for piece in pieces if len(piece) > 1]
 
 
 def predictions(model, pieces: Sequence[Sequence[int]], each: Callable[[np.ndarray], None]) -> None:
-    """Calls `each` with the log-probabilities (len(piece) - 1, vocab), float32, of every piece's following tokens."""
+    """Runs each piece from an empty cache and calls `each` with the float32 log-probabilities (len(piece) - 1, vocab)
+    of its tokens after the first."""
     for piece in pieces:
         logits = model(mx.array([piece[:-1]]), cache=model.make_cache())[0].astype(mx.float32)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -42,7 +43,7 @@ def predictions(model, pieces: Sequence[Sequence[int]], each: Callable[[np.ndarr
 
 
 class Comparer:
-    """Takes model A's log-probabilities and B's in the same order, a block of rows at a time."""
+    """Adds up the comparison of two models, whose log-probabilities it is given block by block, in the same order."""
 
     def __init__(self) -> None:
         self._kl: list[np.ndarray] = []
@@ -50,13 +51,13 @@ class Comparer:
         self._lost = [0.0, 0.0]
 
     def add(self, a: np.ndarray, b: np.ndarray, following: Sequence[int]) -> None:
-        """a, b (rows, vocab) log-probabilities; `following` (rows,) the tokens that came."""
+        """Adds rows of log-probabilities a and b (rows, vocab); `following` (rows,) are the text's tokens."""
         for start in range(0, len(a), ROWS):
             p, q = (x[start : start + ROWS].astype(np.float64) for x in (a, b))
             targets = np.asarray(following[start : start + ROWS])
             rows = np.arange(len(targets))
             weight = np.exp(p)
-            # Where A gives a token no probability at all it adds nothing, whatever B says.
+            # A token that A gives no probability adds nothing, whatever B gives it.
             gap = np.subtract(p, q, out=np.zeros_like(p), where=weight > 0)
             self._kl.append((weight * gap).sum(axis=1))
             self._agree += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
@@ -64,6 +65,7 @@ class Comparer:
                 self._lost[which] -= float(x[rows, targets].sum())
 
     def result(self) -> Comparison:
+        """The figures over all rows added so far; at least one row must have been."""
         kl = np.concatenate(self._kl)
         return Comparison(
             kl.size,

@@ -1,8 +1,8 @@
 """KV caches of both attention kinds, in mlx-lm's protocol.
 
 Global layers use mlx-lm's own `KVCache`. Sliding layers keep the window and `SLACK` tokens more, in temporal order, so
-that tokens can be taken back after the window has moved on: mlx-lm's rotating cache has then already overwritten
-what the earlier position saw.
+that tokens can be taken back after the window has moved on: mlx-lm's rotating cache has by then overwritten the keys
+that the earlier position saw.
 """
 
 import mlx.core as mx
@@ -28,26 +28,26 @@ def common_length(caches: list) -> int | None:
 def rollback(caches: list, n: int) -> bool:
     """Takes the last `n` tokens back in every layer and returns True; or returns False and changes nothing, where a
     layer no longer holds what the token before them saw."""
-    if any(n > _most(cache) for cache in caches):
+    if any(n > max_trim(cache) for cache in caches):
         return False
     for cache in caches:
         cache.trim(n)
     return True
 
 
-def _most(cache) -> int:
-    """How many tokens a cache can take back."""
+def max_trim(cache) -> int:
+    """How many tokens can be taken back from a cache of one layer."""
     if hasattr(cache, "max_trim"):
         return cache.max_trim
     return cache.size() if cache.is_trimmable() else 0
 
 
 class SlidingKVCache(_BaseCache):
-    """The last keys and values of one sequence batch, oldest first.
+    """The keys and values of the last tokens, oldest first.
 
     `keys` (B, H, capacity, D) and `values` hold `held` tokens, the last of which is token `offset - 1`. Between
-    `max_size - 1 + slack` and twice that many stay held, so that the buffer moves to the front once in a while
-    and not with every token.
+    `max_size - 1 + slack` and twice as many stay held, so that the buffer is moved to the front once in a while instead
+    of with every token.
     """
 
     def __init__(self, max_size: int, slack: int = SLACK):
@@ -61,11 +61,11 @@ class SlidingKVCache(_BaseCache):
 
     @property
     def kept(self) -> int:
-        """Tokens that are never dropped: what the next query sees besides itself, and the slack."""
+        """Number of tokens that are never dropped: those the next query sees besides its own, and the slack."""
         return self.max_size - 1 + self.slack
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends (B, H, L, D) and returns what the L new queries see: at most max_size - 1 + L tokens."""
+        """Appends keys and values (B, H, L, D); returns those that the L new queries see, at most max_size - 1 + L."""
         length = keys.shape[2]
         seen = min(self.held, self.max_size - 1) + length
         if self.keys is None or self.held + length > self.keys.shape[2]:
@@ -80,11 +80,11 @@ class SlidingKVCache(_BaseCache):
         start = self.held - seen
         keys, values = self.keys[..., start : self.held, :], self.values[..., start : self.held, :]
         if self.held > 2 * self.kept:
-            self._shrink()  # a prompt's chunk does not stay
+            self._shrink()  # drops a prompt's chunk
         return keys, values
 
     def _move(self, keys: mx.array, values: mx.array) -> None:
-        """Drops what is no longer needed from the front and makes room behind."""
+        """Copies the kept tokens and the new ones into a buffer with room for more."""
         length = keys.shape[2]
         stay = min(self.held, self.kept)
         # Small at first, then always the same size.
@@ -106,11 +106,11 @@ class SlidingKVCache(_BaseCache):
         self.keys = mx.contiguous(self.keys[..., first : self.held, :])
         self.values = mx.contiguous(self.values[..., first : self.held, :])
         self.held = self.kept
-        # Nothing else asks for these before the chunk ends: until then every layer's whole chunk would stay.
+        # Without this, every layer's whole chunk would stay in memory until the chunk has been computed.
         mx.async_eval(self.keys, self.values)
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
-        """For N new tokens, before their update; `window_size` of None means the cache's own."""
+        """The mask for N new tokens, asked for before they are appended; `window_size` None is the cache's own."""
         window = window_size or self.max_size
         before = min(self.held, self.max_size - 1)
         if N == 1:
@@ -124,21 +124,21 @@ class SlidingKVCache(_BaseCache):
 
     @property
     def max_trim(self) -> int:
-        """How many tokens can be taken back with nothing missing from the window of the one that follows."""
+        """How many tokens can be taken back so that the next token still finds its whole window."""
         dropped = self.offset - self.held
         return self.offset if dropped == 0 else max(0, self.held - (self.max_size - 1))
 
     def is_trimmable(self) -> bool:
-        """Whether callers that ask nothing more may trim: mlx-lm asks this without saying how far it means to go.
+        """Whether mlx-lm may trim; it asks without saying by how much.
 
-        Its prompt cache means any length, possible while nothing is dropped. Its speculative decoding means tokens
-        of the block it has just had verified. Else see `rollback`, which knows how far.
+        Its prompt cache trims by any length, which is possible while nothing is dropped. Its speculative decoding
+        trims tokens of the block that was just verified. Our own code asks `rollback`, which is told the length.
         """
         return self.offset == self.held or 1 < self.last_block <= self.max_trim
 
     def trim(self, n: int) -> int:
-        """Takes the last `n` tokens back. Raises MimoError where the window before them is gone: mlx-lm's callers do
-        not look at the result.
+        """Takes the last `n` tokens back and returns how many. Raises MimoError where the window before them is gone,
+        since mlx-lm's callers ignore the result.
         """
         n = min(n, self.offset)
         if n > self.max_trim:
@@ -172,7 +172,7 @@ class SlidingKVCache(_BaseCache):
         self.last_block = 0
 
     def _temporal_order(self, array: mx.array) -> mx.array:
-        """What BatchRotatingKVCache.merge takes the last `size()` tokens of."""
+        """The held tokens, oldest first; BatchRotatingKVCache.merge takes the last `size()` of them."""
         return array[..., : self.held, :]
 
     @classmethod
@@ -184,7 +184,7 @@ class SlidingKVCache(_BaseCache):
 
 
 class BatchSlidingKVCache(BatchRotatingKVCache):
-    """mlx-lm's batch cache, giving single caches of ours back. It cannot roll back once past the window."""
+    """mlx-lm's batch cache, whose `extract` returns our single caches. It cannot roll back once past the window."""
 
     def extract(self, idx: int) -> SlidingKVCache:
         cache = SlidingKVCache(self.max_size)

@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = args.heads(layer), args.kv_heads(layer)
         head_dim, v_head_dim = args.head_dims(layer)
         self.scale = head_dim**-0.5
-        self.attend = scaled_dot_product_attention  # a backend may put its own here
+        self.attend = scaled_dot_product_attention  # a backend may replace it
         self.value_scale = args.value_scale
 
         self.q_proj = nn.Linear(hidden, self.n_heads * head_dim, bias=False)
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         return self.o_proj(output.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
     def remember(self, x: mx.array, cache: Any = None) -> tuple[mx.array, mx.array]:
-        """Puts the keys and values of x (B, L, hidden) into the cache; returns all that x's queries see."""
+        """Appends the keys and values of x (B, L, hidden) to the cache; returns all those that x's queries see."""
         B, L, _ = x.shape
         keys = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
         values = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3) * self.value_scale
@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses each token's experts, in float32 throughout: in bfloat16 2–3 % of tokens would change theirs."""
+    """Chooses each token's experts, in float32 throughout: in bfloat16, 2–3 % of tokens would get other experts."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -92,7 +92,7 @@ class Router(nn.Module):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x: (..., hidden) → expert indices (..., top_k), their float32 weights (..., top_k)"""
         scores = mx.sigmoid(float32_matmul(x, self.weight))
-        # The bias balances load: it has a say in who is chosen, none in what the chosen weigh.
+        # The bias balances load: it changes which experts are chosen, not their weights.
         choice = scores + self.e_score_correction_bias.astype(mx.float32)
         indices = mx.argpartition(-choice, kth=self.top_k - 1, axis=-1)[..., : self.top_k]
         indices = mx.stop_gradient(indices)  # training through take_along_axis wants them constant
@@ -103,8 +103,8 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """`switch_mlp` is called with x (..., hidden) and indices (..., top_k) and gives (..., top_k, hidden); a module
-    that keeps its experts elsewhere can take its place.
+    """A router and its experts. `switch_mlp` maps x (..., hidden) and indices (..., top_k) to (..., top_k, hidden); a
+    module that keeps its experts elsewhere can replace it.
     """
 
     def __init__(self, args: ModelArgs):
@@ -132,7 +132,7 @@ class DecoderLayer(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h))
 
     def remember(self, x: mx.array, cache: Any) -> None:
-        """Only what later tokens need of this layer: its keys and values."""
+        """Appends the keys and values of x to the cache and computes nothing else of this layer."""
         self.self_attn.remember(self.input_layernorm(x), cache)
 
 
@@ -155,6 +155,7 @@ class LanguageModel(nn.Module):
         return self.norm(h)
 
     def prefill(self, inputs: mx.array, cache: list, input_embeddings: mx.array | None = None) -> None:
+        """As a call, but only updates the cache: the last layer computes no more than its keys and values."""
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         masks = self._masks(h, cache)
         for layer, c in zip(self.layers[:-1], cache):
@@ -186,14 +187,15 @@ class Model(nn.Module):
         return self.lm_head(self.model(inputs, cache, input_embeddings))
 
     def prefill(self, inputs: mx.array, cache: list, input_embeddings: mx.array | None = None) -> None:
-        """As a call, for its effect on the cache alone: spares the last layer's experts and the head."""
+        """Updates the cache as a call does and returns nothing: the last layer's experts and the head are left out."""
         self.model.prefill(inputs, cache, input_embeddings)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The tensors of a converted directory, or of an unquantised HF checkpoint, under this model's names.
+        """Renames the tensors of a converted directory, or of an unquantised HF checkpoint, to this model's names.
 
-        Experts are stacked; those that are absent stay absent, for they may be kept elsewhere. The layers for
-        multi-token prediction are left out.
+        Experts are stacked; a layer without any stays without, since its experts may be kept elsewhere. The layers for
+        multi-token prediction are left out. Raises FormatError for FP8 weights, and where some experts of a layer are
+        missing.
         """
         scale = next((name for name in weights if name.endswith("_scale_inv")), None)
         if scale is not None:
@@ -225,12 +227,12 @@ class Model(nn.Module):
 
     @property
     def cast_predicate(self):
-        """Which parameters may be cast: not the router's."""
+        """For mlx-lm: says whether a parameter may be cast; the router's may not."""
         return lambda name: ".mlp.gate." not in name
 
     @property
     def quant_predicate(self):
-        """For mlx-lm's converter: the experts as asked, every other matrix 8-bit."""
+        """For mlx-lm's converter: experts are quantised as asked, every other matrix to 8 bits."""
 
         def predicate(path: str, module: nn.Module) -> bool | dict:
             if not hasattr(module, "to_quantized"):

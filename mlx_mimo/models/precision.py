@@ -17,15 +17,15 @@ PARTS = 3  # of 8 bits each: a float32's 24
 def float32_matmul(x: mx.array, weight: mx.array) -> mx.array:
     """x (..., K) · weightᵀ (N, K) → (..., N), in float32 on any device."""
     rows = x.size // x.shape[-1]
-    # One row is a product with a vector, which no backend shortens.
+    # No backend shortens the product of a matrix and a vector.
     if rows <= 1 or _is_exact():
         return x.astype(mx.float32) @ weight.astype(mx.float32).T
     return split_matmul(x, weight)
 
 
 def split_matmul(x: mx.array, weight: mx.array) -> mx.array:
-    """As `float32_matmul`, by operands of 8 bits, which no shortening can touch; sums are float32 everywhere."""
-    x_parts, weight_parts = split(x), split(weight)
+    """As `float32_matmul`, as a sum of products of bfloat16 values, which no backend shortens."""
+    x_parts, weight_parts = bfloat16_parts(x), bfloat16_parts(weight)
     pairs = [(i, j) for i in range(len(x_parts)) for j in range(len(weight_parts)) if i + j < PARTS]
     total = None
     for i, j in sorted(pairs, key=sum, reverse=True):  # the smallest first
@@ -34,8 +34,8 @@ def split_matmul(x: mx.array, weight: mx.array) -> mx.array:
     return total
 
 
-def split(x: mx.array) -> list[mx.array]:
-    """Float32 arrays of bfloat16 values that add up to x: one of them for bfloat16, else three."""
+def bfloat16_parts(x: mx.array) -> list[mx.array]:
+    """Float32 arrays of bfloat16 values that add up to x: one array where x is bfloat16, else three."""
     if x.dtype == mx.bfloat16:
         return [x.astype(mx.float32)]
     parts, rest = [], x.astype(mx.float32)

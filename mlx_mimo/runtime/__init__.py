@@ -1,1 +1,1 @@
-"""From a directory to tokens: loading, memory budget, the step loop."""
+"""From a directory to tokens: loading, the stream of steps, sampling, adapters, conversations."""

@@ -12,8 +12,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 
 
 def check_adapter(path: str | Path, residency: bool) -> None:
-    """Raises UsageError, FormatError or MimoError where `path` holds no adapter, or one that touches experts while
-    `residency` keeps these outside the model."""
+    """Checks an adapter before a model is loaded for it. `residency` says that experts are kept outside the model.
+    Raises UsageError where `path` is no directory, FormatError where it holds no adapter, MimoError where the adapter
+    is for experts that are kept outside."""
     path = Path(path)
     if not path.is_dir():
         raise UsageError(f"--adapter-path: {path}: no such directory")
@@ -27,7 +28,7 @@ def check_adapter(path: str | Path, residency: bool) -> None:
     except (ValueError, KeyError, AttributeError) as error:
         raise FormatError(f"{path / CONFIG}: not a configuration that mlx_lm.lora wrote ({error!r})") from None
     try:
-        names = mx.load(str(path / WEIGHTS))  # lazily: the header alone; MLX's own headers are laxer than ours
+        names = mx.load(str(path / WEIGHTS))  # lazy: reads the header only, and takes what MLX wrote
     except RuntimeError as error:
         raise FormatError(f"{path / WEIGHTS}: {error}; train the adapter again") from error
     touched = next((name for name in [*names, *keys] if "switch_mlp" in name), None)
@@ -39,7 +40,8 @@ def check_adapter(path: str | Path, residency: bool) -> None:
 
 
 def put_adapter(model: nn.Module, path: str | Path) -> None:
-    """Puts the adapter of a checked directory onto the model. Raises FormatError where it is another model's."""
+    """Adds the adapter of a directory that `check_adapter` took to the model, in place. Raises FormatError where it
+    was trained for another model."""
     from mlx_lm.tuner.utils import load_adapters
 
     try:

@@ -1,4 +1,4 @@
-"""Which strategy computes the experts, by device and format."""
+"""How experts are computed, by device and format."""
 
 import mlx.core as mx
 
@@ -9,7 +9,8 @@ from ..planning import backend
 
 
 def choose_compute(layout: RecordLayout, hidden_size: int) -> Compute:
-    """The strategy for this device and format: the one place where it is decided."""
+    """Returns the way of computing experts of this layout on the default device: the CPU kernels where they are there
+    and take the layout, else MLX."""
     if mx.default_device() == mx.cpu:
         if backend.kernels_available():
             from ..cpu.experts import KernelCompute

@@ -87,7 +87,8 @@ def load(
         )
     if adapter_path is not None:
         check_adapter(adapter_path, residency=streamable)
-    model = load_trunk(directory, overrides, streamable, kernels=adapter_path is None)  # LoRA layers want MLX's
+    # LoRA layers need MLX's own modules.
+    model = load_trunk(directory, overrides, streamable, kernels=adapter_path is None)
     found = expert_limit(directory, args, expert_memory if streamable else "all", kernels=adapter_path is None)
     residency = None
     if streamable:
@@ -122,7 +123,7 @@ def load(
 
 
 def check_reader_threads(count: int) -> int:
-    """The number, or UsageError where no disk has use for so many."""
+    """Returns the number. Raises UsageError where it is outside of 1 to MOST_READER_THREADS."""
     if not 1 <= count <= MOST_READER_THREADS:
         raise UsageError(f"reader threads: 1 to {MOST_READER_THREADS} expected, {count} found")
     return count
@@ -133,16 +134,16 @@ def on_cpu() -> bool:
 
 
 def cache_limit() -> int:
-    """Bytes of freed buffers that MLX keeps. On the CPU none: keeping them saves no time there."""
+    """Bytes of freed buffers that MLX may keep. On the CPU none: keeping them saves no time there."""
     return 0 if on_cpu() else CACHE_LIMIT_BYTES
 
 
 class ExpertsElsewhere(nn.Module):
-    """Stands where a layer's experts will stand, so that loading the trunk allocates nothing for them."""
+    """A placeholder for a layer's experts, so that loading the trunk allocates nothing for them."""
 
 
 class TrunkModel(LoadedModel):
-    """The model before residency gives it experts: every weight but theirs."""
+    """The model without experts, which residency adds."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
@@ -154,13 +155,13 @@ class TrunkModel(LoadedModel):
 
 
 def load_trunk(directory: Directory, overrides: dict, without_experts: bool, kernels: bool = True) -> LoadedModel:
-    """The model with its weights; without experts where they lie in expert files of their own. `kernels` lets the CPU
-    kernels have it on a CPU."""
+    """Loads the model's weights, and returns it. `without_experts` leaves experts out: they lie in their own files.
+    `kernels` uses the CPU kernels on a CPU. Raises FormatError where weights and config do not go together."""
     from mlx_lm.utils import load_model
 
     classes = (TrunkModel if without_experts else LoadedModel, ModelArgs)
     try:
-        # model_file would import code of the directory; the classes are ours here.
+        # model_file would import code from the directory; our own classes are used instead.
         model, _ = load_model(
             directory.path,
             lazy=True,
@@ -194,7 +195,8 @@ def working_set() -> int | None:
 
 
 def load_tokenizer(directory: Directory, tokenizer_config: dict[str, Any] | None = None) -> "TokenizerWrapper":
-    """mlx-lm's tokenizer wrapper, ending on every end token that config.json or generation_config.json names."""
+    """mlx-lm's tokenizer wrapper, with every end token that config.json or generation_config.json names. Raises
+    FormatError where the tokenizer's files are wrong."""
     from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
     ends = set()
@@ -215,7 +217,7 @@ def _residency_of(model: LoadedModel, directory: Directory, flag: str) -> Reside
 
 
 class _Bar:
-    """tqdm as a callback (done, total), or nothing where nobody looks."""
+    """A progress callback (done, total) that shows a tqdm bar where `shown` is set."""
 
     def __init__(self, title: str, shown: bool):
         self.title, self.shown, self.bar = title, shown, None

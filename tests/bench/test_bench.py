@@ -1,4 +1,4 @@
-"""bench: what it reports, that a limit limits, its peer, its refusals, and the synthetic model."""
+"""bench: its report, the disk limit, mlx-lm beside it, the flags it rejects, and synthetic models."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from mlx_mimo.bench.peer import bytes_in_memory, load_peer
 from mlx_mimo.bench.report import machine_line
 from mlx_mimo.bench.synthetic import parameters, synthetic_config, write_synthetic
 from mlx_mimo.bench.throttle import Throttle
-from mlx_mimo.bench.timing import Case, Spread, forced, run_case, split
+from mlx_mimo.bench.timing import Case, Spread, forced_sampler, run_case
 from mlx_mimo.checkpoint.recipe import named
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import MimoError, UsageError
@@ -39,7 +39,7 @@ def run_bench(capsys, *arguments) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_row_for_every_combination(tmp_path, capsys):
+def test_bench_reports_a_row_for_every_combination(tmp_path, capsys):
     report = run_bench(
         capsys, "--model", converted_directory(), *SHORT, "--context", "0,40", "--expert-memory", "25%,all",
         "--output", tmp_path / "bench.json", "--plot", tmp_path / "bench.png",
@@ -66,7 +66,7 @@ def test_a_row_for_every_combination(tmp_path, capsys):
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
-def test_figures_follow_from_the_samples(capsys):
+def test_speeds_and_hit_rates_are_computed_from_the_samples(capsys):
     row = run_bench(capsys, "--model", converted_directory(), *SHORT, "--expert-memory", "25%")["rows"][0]
     speeds = sorted(3 / sample["decode_s"] for sample in row["samples"])
     assert row["decode_tps"] == {"median": sum(speeds) / 2, "least": speeds[0], "most": speeds[1]}
@@ -75,7 +75,7 @@ def test_figures_follow_from_the_samples(capsys):
     assert row["decode_hit_rate"] == hits / (hits + misses)
 
 
-def test_a_disk_limit_holds_reads_back(monkeypatch):
+def test_a_disk_limit_slows_reads_down_to_its_speed(monkeypatch):
     throttle, size, clock = Throttle(20e6), 1 << 20, Clock()
     monkeypatch.setattr(throttle_module, "time", clock)
     handle = os.open("/dev/zero", os.O_RDONLY)
@@ -90,7 +90,7 @@ def test_a_disk_limit_holds_reads_back(monkeypatch):
         os.close(handle)
 
 
-def test_threads_together_stay_under_a_disk_limit(monkeypatch):
+def test_all_threads_together_stay_under_a_disk_limit(monkeypatch):
     """Eight readers at once get the speed of one."""
     throttle, size, each, clock = Throttle(40e6), 1 << 18, 3, ClockOfEachThread()
     monkeypatch.setattr(throttle_module, "time", clock)
@@ -114,7 +114,7 @@ def test_threads_together_stay_under_a_disk_limit(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:expert memory")
-def test_the_limit_shows_in_the_figures(capsys, monkeypatch):
+def test_a_disk_limit_shows_in_the_reported_figures(capsys, monkeypatch):
     """On a machine that takes no time for anything but its disk."""
     clock = Clock()
     for module in (throttle_module, timing, reader_module):
@@ -127,8 +127,8 @@ def test_the_limit_shows_in_the_figures(capsys, monkeypatch):
     assert row["decode_wait_share"] == pytest.approx(1)
 
 
-def test_waiting_is_the_time_that_the_models_thread_spends_on_reads(monkeypatch):
-    """A batch in the background costs nothing until somebody waits for it."""
+def test_waiting_counts_only_time_that_the_models_thread_spends_on_reads(monkeypatch):
+    """A read in the background costs nothing until the model waits for it."""
     clock, go_on, wait = Clock(), threading.Event(), reader_module.Batch.wait
     monkeypatch.setattr(timing, "time", clock)
     model, _ = load(converted_directory(), expert_memory=200_000)
@@ -156,18 +156,18 @@ def test_waiting_is_the_time_that_the_models_thread_spends_on_reads(monkeypatch)
         assert waiting.seconds == pytest.approx(0.2)
     spent = waiting.seconds
     reader.submit([request])
-    assert waiting.seconds == spent, "only while it is asked to"
+    assert waiting.seconds == spent, "reads outside of the context were counted"
     model.residency.close()
 
 
-def test_a_limit_on_what_is_never_read_is_refused(capsys):
+def test_bench_rejects_a_disk_limit_where_every_expert_is_resident(capsys):
     with pytest.raises(UsageError, match="nothing is read"):
         run_bench(capsys, "--model", converted_directory(), *SHORT, "--expert-memory", "all", "--disk-limit", "1GB/s")
 
 
 @pytest.mark.filterwarnings("ignore:expert memory")
-def test_given_tokens_are_what_the_model_runs_on():
-    """Two runs over the same tokens need the same experts, whatever the model itself would have said."""
+def test_two_runs_on_the_same_tokens_need_the_same_experts():
+    """The given tokens are computed, whatever the model would have chosen."""
     model, _ = load(converted_directory(), expert_memory=1)
     case = Case(prompt_tokens=5, depth=3, generation_tokens=4)
     tokens = list(range(20))
@@ -175,23 +175,23 @@ def test_given_tokens_are_what_the_model_runs_on():
     model.residency.close()
     assert samples[0].decode_misses == samples[1].decode_misses == 3 * 3 * 2
     assert samples[0].decode_bytes == samples[1].decode_bytes > 0
-    assert split(case, tokens) == ([0, 1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11])
-    sampler = forced([7, 9])
+    assert case.cut(tokens) == ([0, 1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11])
+    sampler = forced_sampler([7, 9])
     assert [sampler(None).item() for _ in range(3)] == [7, 9, 9]
 
 
-def test_median_least_and_most():
+def test_spread_is_median_least_and_most():
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
 
 
-def test_the_peer_runs_beside_us_on_the_same_tokens(capsys):
+def test_bench_reports_mlx_lm_beside_us(capsys):
     report = run_bench(capsys, "--model", converted_directory(), *SHORT, "--against", "mlx-lm", "--repeats", 1)
     assert [(row["system"], row["resident"]) for row in report["rows"]] == [("mlx-mimo", 1.0), ("mlx-lm", 1.0)]
     assert all(row["decode_tps"]["median"] > 0 for row in report["rows"])
     assert report["rows"][1]["decode_wait_share"] is None
 
 
-def test_a_second_copy_that_does_not_fit_is_refused(capsys, monkeypatch):
+def test_bench_rejects_a_second_copy_that_does_not_fit_into_memory(capsys, monkeypatch):
     directory = converted_directory()
     theirs = bytes_in_memory(directory, 4)
     model = load_peer(directory)
@@ -206,7 +206,7 @@ def test_a_second_copy_that_does_not_fit_is_refused(capsys, monkeypatch):
 
 
 class FakePeer:
-    """Remembers the tokens it is given."""
+    """Records the tokens of each run."""
 
     seen: list
 
@@ -225,8 +225,8 @@ class FakePeer:
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_each_repeat_has_tokens_of_its_own_and_all_else_is_equal(tmp_path, capsys, monkeypatch, text):
-    """Of random tokens and of a text: a repeated prompt would find its experts resident."""
+def test_repeats_use_different_tokens_and_systems_and_memories_the_same(tmp_path, capsys, monkeypatch, text):
+    """For random tokens and for a text: a repeated prompt would find its experts resident."""
     ours = []
 
     def run_case(model, case, tokens):
@@ -247,7 +247,7 @@ def test_each_repeat_has_tokens_of_its_own_and_all_else_is_equal(tmp_path, capsy
     assert len(starts) == 18, "no piece comes twice"
 
 
-def test_a_text_too_short_for_all_runs_is_refused(tmp_path, capsys):
+def test_bench_rejects_a_text_too_short_for_all_runs(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 2)
     arguments = ("--model", converted_directory(), *SHORT, "--repeats", 3)
     with pytest.raises(UsageError, match="has 32 tokens; 36 are needed, since every run reads a piece of its own"):
@@ -255,7 +255,7 @@ def test_a_text_too_short_for_all_runs_is_refused(tmp_path, capsys):
 
 
 def narrow_directory(directory, recipe="4bit", experts=40):
-    """Slots small enough to count, large enough that scales held as float32 would show."""
+    """A synthetic model with few weights: its slots can be counted, and scales widened to float32 would show."""
     config = synthetic_config(2 * 10**9, recipe) | {
         "hidden_size": 256,
         "intermediate_size": 256,
@@ -274,8 +274,8 @@ def narrow_directory(directory, recipe="4bit", experts=40):
 @pytest.mark.parametrize("share", [1, 12.5, 25, 60])
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.filterwarnings("ignore:expert memory")
-def test_a_share_of_experts_is_what_is_resident(tmp_path, monkeypatch, share, kernels):
-    """Within half a slot, whichever way slots hold 16-bit scales: as they are for the kernels, else as float32."""
+def test_a_percentage_of_expert_memory_keeps_that_share_of_experts_resident(tmp_path, monkeypatch, share, kernels):
+    """To within half a slot, both with the kernels, which keep 16-bit scales, and without, where they are float32."""
     if not kernels:
         monkeypatch.setattr("mlx_mimo.planning.backend.kernels_available", lambda: False)
     directory = narrow_directory(tmp_path)
@@ -289,7 +289,7 @@ def test_a_share_of_experts_is_what_is_resident(tmp_path, monkeypatch, share, ke
 
 @pytest.mark.parametrize("size", [2, 8, 60])
 @pytest.mark.parametrize("recipe", ["4bit", "mxfp4"])
-def test_a_synthetic_model_has_the_size_that_was_asked_for(size, recipe):
+def test_a_synthetic_model_has_the_requested_size(size, recipe):
     config = synthetic_config(size * 10**9, recipe)
     args = ModelArgs.from_dict(config)
     budget = estimate(config, named(recipe), args, 1, 1, 2, 2)
@@ -305,13 +305,13 @@ def test_a_narrow_synthetic_model_has_more_experts():
     assert parameters(narrow) == pytest.approx(parameters(wide), rel=0.5)
 
 
-def test_a_synthetic_model_too_small_is_refused():
+def test_bench_rejects_a_synthetic_size_below_the_smallest_model():
     with pytest.raises(UsageError, match="at least"):
         synthetic_config(10**8, "4bit")
 
 
 @pytest.mark.parametrize("recipe", ["4bit", "mxfp4"])
-def test_a_synthetic_model_loads_and_says_something_finite(tmp_path, recipe):
+def test_a_synthetic_model_loads_and_computes_finite_logits(tmp_path, recipe):
     config = synthetic_config(2 * 10**9, recipe) | {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -346,14 +346,14 @@ def test_a_synthetic_model_loads_and_says_something_finite(tmp_path, recipe):
         (["--plot", "/no/such/bench.png"], "--plot: .*: no such folder"),
     ],
 )
-def test_wrong_flags_are_refused(monkeypatch, arguments, message):
+def test_bench_rejects_wrong_flags_before_it_measures(monkeypatch, arguments, message):
     """Before anything is written, loaded or timed."""
     monkeypatch.setattr(bench_module, "_measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(UsageError, match=message):
         bench(build_parser().parse_args([*SHORT, *arguments]))
 
 
-def test_a_text_for_a_synthetic_model_is_refused_before_it_is_written(tmp_path, monkeypatch):
+def test_bench_rejects_text_for_a_synthetic_model_before_it_writes_one(tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_mimo.bench.synthetic.write_synthetic", lambda *_: pytest.fail("written"))
     (tmp_path / "text.txt").write_text("words")
     with pytest.raises(UsageError, match="knows no words"):
@@ -361,21 +361,21 @@ def test_a_text_for_a_synthetic_model_is_refused_before_it_is_written(tmp_path, 
 
 
 @pytest.mark.parametrize("subject", [["--synthetic", "2GB"], ["--model", "MODEL"]])
-def test_more_tokens_than_the_model_has_positions_are_refused(monkeypatch, subject):
+def test_bench_rejects_more_tokens_than_the_model_has_positions(monkeypatch, subject):
     monkeypatch.setattr("mlx_mimo.bench.synthetic.write_synthetic", lambda *_: pytest.fail("written"))
     subject = [str(converted_directory()) if word == "MODEL" else word for word in subject]
     with pytest.raises(UsageError, match="max_position_embeddings is"):
         bench(build_parser().parse_args([*subject, "--context", "0,262144"]))
 
 
-def test_figures_are_on_the_screen_before_a_file_cannot_be_written(tmp_path, capsys):
+def test_figures_are_printed_before_a_file_fails_to_be_written(tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     with pytest.raises(MimoError, match="cannot be written"):
         run_bench(capsys, "--model", converted_directory(), *SHORT, "--output", tmp_path / "taken")
     assert json.loads(capsys.readouterr().out)["rows"]
 
 
-def test_the_machine_is_named():
+def test_the_machine_line_names_processor_cores_and_memory():
     line = machine_line()
     assert line.startswith(f"{platform.system()} {platform.machine()}, ")
     assert f"{os.cpu_count()} cores, {format_size(psutil.virtual_memory().total)} of memory" in line

@@ -13,7 +13,7 @@ from mlx_mimo.errors import MimoError
 from mlx_mimo.runtime.steps import steps
 
 
-def test_the_peer_computes_the_same_tokens():
+def test_mlx_lm_generates_the_same_tokens_as_our_model():
     """Greedy, at the window that mlx-lm has: what is timed on both sides is one model."""
     directory = converted_directory("bf16")
     theirs = load_peer(directory)
@@ -51,7 +51,7 @@ def test_the_peer_answers_when_nothing_of_its_run_is_left(monkeypatch):
     assert events.index(generation_stream) == steps, "it waits for what runs there, after the last step"
 
 
-def test_a_peer_that_cannot_load_is_said_to_have_ended(tmp_path):
+def test_a_peer_that_cannot_load_is_an_error_with_its_exit_code(tmp_path):
     with pytest.raises(MimoError, match="its process ended with 1"), Peer(tmp_path):
         pass
 

@@ -29,7 +29,7 @@ def digests(directory: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
 
 
-def test_off_gives_back_every_byte(tmp_path):
+def test_off_restores_every_byte(tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "config.json").write_bytes((converted_directory() / "config.json").read_bytes())
@@ -83,21 +83,21 @@ def test_the_written_file_imports_what_the_package_offers():
     assert mlx_mimo.bridge.classes is classes
 
 
-def test_off_takes_the_key_out_of_a_config_that_mlx_lm_wrote_anew(tmp_path):
+def test_off_removes_the_key_from_a_config_that_mlx_lm_rewrote(tmp_path):
     before = json.loads((converted_directory() / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(before | {"model_file": bridge.FILE}, indent=4, sort_keys=True))
     bridge.switch(tmp_path, False)
     assert json.loads((tmp_path / "config.json").read_text()) == before
 
 
-def test_refuses_a_directory_whose_model_file_is_not_ours(tmp_path):
+def test_on_rejects_a_directory_whose_model_file_is_not_ours(tmp_path):
     (tmp_path / "config.json").write_text('{"model_file": "other.py"}')
     with pytest.raises(FormatError, match=r"other\.py"):
         bridge.switch(tmp_path, True)
     assert json.loads((tmp_path / "config.json").read_text()) == {"model_file": "other.py"}
 
 
-def test_refuses_an_fp8_checkpoint(tmp_path):
+def test_on_rejects_an_fp8_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
     with pytest.raises(UsageError, match="convert it first"):
         bridge.switch(tmp_path, True)
@@ -122,7 +122,7 @@ def test_settings_come_from_the_environment_and_errors_name_the_variable():
             Settings.from_environment({f"MLX_MIMO_{name}": text})
 
 
-def test_the_documented_table_is_that_of_the_code():
+def test_the_documented_variables_are_those_of_the_code():
     table = DOCUMENTED.read_text(encoding="utf-8").split("| variable | meaning |", 1)[1].split("\n\n", 1)[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE))
     fields = {bridge_file.PREFIX + field.upper(): text for field, (_, text) in VARIABLES.items()}
@@ -135,7 +135,7 @@ def test_the_documented_table_is_that_of_the_code():
 @pytest.mark.parametrize(
     ("field", "value"), [("expert_memory", 1000), ("profile", Path("use.npz")), ("trace", Path("routes"))]
 )
-def test_a_stacked_directory_refuses_what_needs_residency(field, value, tmp_path):
+def test_a_stacked_directory_rejects_settings_that_need_residency(field, value, tmp_path):
     with pytest.raises(MimoError, match=f"MLX_MIMO_{field.upper()}"):
         classes(tmp_path, Settings(**{field: value}))
 
@@ -166,7 +166,7 @@ def test_mlx_lm_loads_our_model_with_streamed_experts(bridged):
     assert not [name for name, _ in tree_flatten(model.parameters()) if "switch_mlp" in name]
 
 
-def test_mlx_lms_caches_see_what_ours_see(bridged):
+def test_mlx_lms_caches_give_the_logits_of_ours(bridged):
     model = bridged(EXPERT_MEMORY="120KB")
     tokens = mx.random.randint(0, 256, (1, 50))  # three windows
     ours, theirs = make_cache(model.args), model.make_cache()
@@ -191,7 +191,7 @@ def test_training_ends_residency_and_computes_the_same(bridged, memory):
     assert model.layers[1].mlp.switch_mlp is whole, "an evaluation between two steps read the experts again"
 
 
-def test_training_refuses_experts_that_do_not_fit(bridged, monkeypatch):
+def test_training_rejects_experts_that_do_not_fit_into_memory(bridged, monkeypatch):
     model = bridged(EXPERT_MEMORY="120KB")
     tokens = mx.array([[5, 6, 7, 8]])
     before = model(tokens)

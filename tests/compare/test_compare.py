@@ -31,7 +31,7 @@ def run_compare(capsys, *arguments) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_model_equals_itself(text, capsys):
+def test_a_model_compared_with_itself_has_no_divergence(text, capsys):
     a = converted_directory()
     fields = run_compare(capsys, a, a, "--text", text, "--window", 32)
     assert fields["schema_version"] == 1
@@ -40,7 +40,7 @@ def test_a_model_equals_itself(text, capsys):
     assert fields["perplexity_a"] == fields["perplexity_b"]
 
 
-def test_streamed_experts_change_nothing(text, capsys):
+def test_streamed_experts_give_the_figures_of_resident_ones(text, capsys):
     a, b = converted_directory("bf16"), converted_directory()
     whole = run_compare(capsys, a, b, "--text", text, "--window", 32, "--expert-memory", "all")
     streamed = run_compare(capsys, a, b, "--text", text, "--window", 32, "--expert-memory", "150kB")
@@ -51,8 +51,8 @@ def test_streamed_experts_change_nothing(text, capsys):
         assert whole[name] == pytest.approx(streamed[name], rel=1e-4)
 
 
-def test_the_figures_are_what_they_are_called(text, capsys):
-    """Against the same sums written out plainly, in one go."""
+def test_the_figures_equal_a_plain_computation_of_them(text, capsys):
+    """The reference is computed in float64 without blocks."""
     a, b = converted_directory("bf16"), converted_directory("2bit")
     fields = run_compare(capsys, a, b, "--text", text, "--window", 40)
     kl, agree, lost = [], [], ([], [])
@@ -75,7 +75,7 @@ def test_the_figures_are_what_they_are_called(text, capsys):
     assert fields["perplexity_b"] == pytest.approx(np.exp(np.mean(lost[1])), rel=1e-4)
 
 
-def test_more_bits_are_nearer(text, capsys):
+def test_more_bits_give_a_smaller_divergence(text, capsys):
     far, near = (
         run_compare(capsys, converted_directory("bf16"), converted_directory(recipe), "--text", text)["kl_mean"]
         for recipe in ("2bit", "8bit")
@@ -83,13 +83,13 @@ def test_more_bits_are_nearer(text, capsys):
     assert near < far / 10
 
 
-def test_max_tokens_limits_what_is_read(text, capsys):
+def test_max_tokens_limits_the_text(text, capsys):
     a = converted_directory()
     fields = run_compare(capsys, a, a, "--text", text, "--window", 8, "--max-tokens", 20)
     assert (fields["tokens"], fields["windows"]) == (20 - 3, 3)
 
 
-def test_a_token_without_probability_adds_nothing():
+def test_a_token_of_probability_0_adds_nothing_to_the_divergence():
     comparer = Comparer()
     a = np.log(np.array([[1.0, 0.5], [0.5, 0.5]], dtype=np.float32))
     a[0, 1] = -np.inf
@@ -99,12 +99,12 @@ def test_a_token_without_probability_adds_nothing():
     assert result.perplexity_b == pytest.approx(2)
 
 
-def test_windows_have_two_tokens_at_least():
+def test_a_last_window_of_one_token_is_left_out():
     assert windows(range(9), 4, 100) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.usefixtures("unrun")
-def test_other_tokenizers_are_refused(tmp_path, text):
+def test_compare_rejects_directories_with_different_tokenizers(tmp_path, text):
     other = shutil.copytree(converted_directory(), tmp_path / "other")
     fields = json.loads((other / "tokenizer.json").read_text())
     vocab = fields["model"]["vocab"]
@@ -116,7 +116,7 @@ def test_other_tokenizers_are_refused(tmp_path, text):
 
 @pytest.fixture
 def unrun(monkeypatch):
-    """A model that is loaded is a failure."""
+    """Fails the test where a model is loaded."""
     monkeypatch.setattr("mlx_mimo.runtime.load.load", lambda *_, **__: pytest.fail("loaded"))
 
 
@@ -125,7 +125,7 @@ def run_pair(b, text, *arguments):
 
 
 @pytest.mark.usefixtures("unrun")
-def test_both_directories_are_looked_at_before_either_runs(tmp_path, text):
+def test_both_directories_are_checked_before_either_is_loaded(tmp_path, text):
     with pytest.raises(UsageError, match="nowhere: no such directory"):
         run_pair(tmp_path / "nowhere", text)
     cut = shutil.copytree(converted_directory(), tmp_path / "cut")
@@ -136,7 +136,7 @@ def test_both_directories_are_looked_at_before_either_runs(tmp_path, text):
 
 
 @pytest.mark.usefixtures("unrun")
-def test_another_vocabulary_is_refused(tmp_path, text):
+def test_compare_rejects_directories_with_different_vocabularies(tmp_path, text):
     other = shutil.copytree(converted_directory(), tmp_path / "other")
     config = json.loads((other / "config.json").read_text()) | {"vocab_size": 384}
     (other / "config.json").write_text(json.dumps(config))
@@ -145,7 +145,7 @@ def test_another_vocabulary_is_refused(tmp_path, text):
 
 
 @pytest.mark.usefixtures("unrun")
-def test_a_temporary_folder_without_room_is_refused(text, monkeypatch):
+def test_compare_rejects_a_temporary_folder_without_room(text, monkeypatch):
     """20 tokens in windows of 8 are 17 predictions of 320 float32."""
     need = 17 * 320 * 4
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
@@ -156,20 +156,20 @@ def test_a_temporary_folder_without_room_is_refused(text, monkeypatch):
         run_pair(converted_directory(), text, "--window", "8", "--max-tokens", "20")
 
 
-def test_the_temporary_file_has_the_size_that_is_told(text, monkeypatch):
+def test_the_temporary_file_has_the_announced_size(text, monkeypatch):
     sizes = []
-    whole = compare_module._Judged.__init__
+    whole = compare_module._PredictionComparer.__init__
 
     def look(self, file, *rest):
         sizes.append(os.fstat(file.fileno()).st_size)
         whole(self, file, *rest)
 
-    monkeypatch.setattr(compare_module._Judged, "__init__", look)
+    monkeypatch.setattr(compare_module._PredictionComparer, "__init__", look)
     run_pair(converted_directory(), text, "--window", "8", "--max-tokens", "20")
     assert sizes == [17 * 320 * 4]
 
 
-def test_a_text_that_is_not_there():
+def test_compare_rejects_a_text_that_does_not_exist():
     a = str(converted_directory())
     with pytest.raises(UsageError, match="cannot be read"):
         compare(build_parser().parse_args([a, a, "--text", "/no/such/file"]))

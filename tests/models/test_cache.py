@@ -38,7 +38,7 @@ def block(start: int, length: int) -> tuple[mx.array, mx.array]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_sequence_of_updates_and_rollbacks(seed):
+def test_any_sequence_of_updates_and_rollbacks_equals_a_fresh_cache(seed):
     rng = random.Random(seed)
     window, slack = rng.choice([(1, 4), (2, 1), (5, 3), (17, 64), (9, 0)])
     cache, length, farthest, masked = SlidingKVCache(window, slack), 0, 0, 0
@@ -79,7 +79,7 @@ def test_a_long_chunk_does_not_stay_in_memory():
 
 
 @pytest.mark.parametrize(("before", "gone"), [(50, 30), (50, 1), (10, 20), (200, SLACK)])
-def test_rolling_back_equals_never_having_gone_there(model, before, gone):
+def test_a_rollback_equals_never_having_computed_the_tokens(model, before, gone):
     tokens, golden = CASE.tokens()[:, : before + 30], CASE.golden()[:, : before + 30]
     elsewhere = (tokens[:, :1] + np.arange(gone) * 7) % 60
     cache = model.make_cache()
@@ -89,7 +89,7 @@ def test_rolling_back_equals_never_having_gone_there(model, before, gone):
     assert difference(run(model, tokens[:, before:], [1, 29], cache), golden[:, before:]) < TOLERANCE
 
 
-def test_rolling_back_further_than_possible_is_refused_and_changes_nothing(model):
+def test_rolling_back_too_far_is_rejected_and_changes_nothing(model):
     tokens, golden = CASE.tokens()[:, :310], CASE.golden()[:, :310]
     cache = model.make_cache()
     run(model, tokens[:, :300], [300], cache)
@@ -125,12 +125,12 @@ def greedy_without_cache(model, prompt: list[int], n: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def test_generate_step(model):
+def test_mlx_lms_generate_step_takes_our_caches(model):
     prompt = CASE.tokens()[0, :40].tolist()
     assert greedy(model, prompt, 12) == greedy_without_cache(model, prompt, 12)
 
 
-def test_stock_speculative_decoding_is_right_past_the_window(model):
+def test_mlx_lms_speculative_decoding_is_exact_past_the_window(model):
     prompt = CASE.tokens()[0, :120].tolist()
     draft = mlx_model(CASE.config | {"attention_value_scale": 0.6}, CASE.weights())  # right now and then
     step = speculative_generate_step(mx.array(prompt), model, draft, max_tokens=40, num_draft_tokens=3)
@@ -140,7 +140,7 @@ def test_stock_speculative_decoding_is_right_past_the_window(model):
 
 
 @pytest.mark.parametrize("lengths", [(5, 40), (60, 100, 12), (30, 30)])
-def test_batches_of_different_lengths_generate_as_alone(model, lengths):
+def test_sequences_of_a_batch_generate_as_they_do_alone(model, lengths):
     prompts = [CASE.tokens()[0, i : i + n].tolist() for i, n in enumerate(lengths)]
     generator = BatchGenerator(model, max_tokens=25, prefill_step_size=16)
     uids = generator.insert(prompts)
@@ -155,7 +155,7 @@ def merged(model, caches: list[list]) -> list:
     return [layer[0].merge(list(layer)) for layer in zip(*caches)]
 
 
-def test_merge_extend_filter_extract(model):
+def test_batch_caches_merge_extend_filter_and_extract(model):
     """Sequences join and leave a batch; each one's logits stay those it has alone."""
     tokens = CASE.tokens()
     starts, lengths = (0, 3, 7), (100, 20, 45)
@@ -197,7 +197,7 @@ def test_merge_extend_filter_extract(model):
     assert difference(step(single, [1], 5), alone(1, 6)) < TOLERANCE
 
 
-def test_left_padded_batch_in_one_call(model):
+def test_a_left_padded_batch_in_one_call_equals_single_calls(model):
     """The short row is padded on the left, as mlx-lm's batch caches expect it."""
     tokens = CASE.tokens()
     batch = [layer.merge([layer, layer]) for layer in model.make_cache()]
@@ -211,7 +211,7 @@ def test_left_padded_batch_in_one_call(model):
 
 
 @pytest.mark.parametrize("length", [10, 100])
-def test_saved_and_loaded(model, tmp_path, length):
+def test_a_cache_that_was_saved_and_loaded_continues(model, tmp_path, length):
     cache = model.make_cache()
     run(model, CASE.tokens()[:, :length], [length], cache)
     path = str(tmp_path / "cache.safetensors")
@@ -223,7 +223,7 @@ def test_saved_and_loaded(model, tmp_path, length):
     assert difference(run(model, rest, [1, 39], loaded), CASE.golden()[:, length : length + 40]) < TOLERANCE
 
 
-def test_mlx_lm_s_prompt_cache_never_hands_out_a_wrong_one(model):
+def test_mlx_lms_prompt_cache_never_returns_a_wrong_cache(model):
     """It trims longer entries to a common prefix wherever they say that they can be trimmed."""
     tokens = CASE.tokens()[0].tolist()
     store = LRUPromptCache()
@@ -238,7 +238,7 @@ def test_mlx_lm_s_prompt_cache_never_hands_out_a_wrong_one(model):
     assert difference(logits, run(model, np.array([other]))[:, 40:]) < TOLERANCE
 
 
-def test_copies_go_their_own_way():
+def test_copies_of_a_cache_are_independent():
     cache = SlidingKVCache(5)
     cache.update_and_fetch(*block(0, 9))
     other = copy.deepcopy(cache)
@@ -247,7 +247,7 @@ def test_copies_go_their_own_way():
     assert keys[0, 0, :, 0].tolist() == [5, 6, 7, 8, 9]
 
 
-def test_quantising_is_refused(model):
+def test_sliding_caches_reject_quantisation(model):
     with pytest.raises(MimoError, match="--kv-bits"):
         model.make_cache()[1].to_quantized()
     assert isinstance(model.make_cache()[0], KVCache)

@@ -33,7 +33,7 @@ def models():
 
 
 @ALL_CASES
-def test_whole_prompt_without_cache(models, name):
+def test_a_whole_prompt_without_cache_equals_the_golden_logits(models, name):
     case = CASES[name]
     assert difference(run(models(name), case.tokens()), case.golden()) < TOLERANCE
 
@@ -44,13 +44,13 @@ def test_whole_prompt_without_cache(models, name):
     [[330], [16, 1, 17, 33, 63, 200], [127, 1, 1, 1, 2, 198]],
     ids=lambda chunks: "-".join(map(str, chunks[:6])),
 )
-def test_chunks_that_straddle_the_window(models, name, chunks):
+def test_chunks_across_the_window_equal_the_golden_logits(models, name, chunks):
     case = CASES[name]
     assert difference(run(models(name), case.tokens(), chunks), case.golden()) < TOLERANCE
 
 
 @ALL_CASES
-def test_token_by_token(models, name):
+def test_single_tokens_equal_the_golden_logits(models, name):
     case = CASES[name]
     assert difference(run(models(name), case.tokens(), [1] * case.length), case.golden()) < TOLERANCE
 
@@ -83,7 +83,7 @@ def test_the_larger_window_is_the_default(models):
     assert ModelArgs.from_dict(checkpoints.tiny_config(sliding_window_size=128, sliding_window=128)).window == 129
 
 
-def test_prefill_leaves_the_cache_of_a_call(models):
+def test_prefill_leaves_the_same_cache_as_a_call(models):
     case = CASES["short_window"]
     model, tokens = models(case.name), case.tokens()
     cache = model.make_cache()
@@ -92,14 +92,14 @@ def test_prefill_leaves_the_cache_of_a_call(models):
     assert difference(run(model, tokens[:, 200:], [1, 129], cache), case.golden()[:, 200:]) < TOLERANCE
 
 
-def test_input_embeddings_stand_for_tokens(models):
+def test_input_embeddings_replace_tokens(models):
     case = CASES["short_window"]
     model, tokens = models(case.name), mx.array(case.tokens())
     embeddings = model.model.embed_tokens(tokens)
     assert difference(np.array(model(tokens, input_embeddings=embeddings)), case.golden()) < TOLERANCE
 
 
-def test_stock_mlx_lm_equals_ours_at_its_window():
+def test_mlx_lms_own_model_equals_ours_at_its_window():
     case = CASES["short_window"]
     config, weights = case.config, case.weights()
     theirs = stock.Model(stock.ModelArgs.from_dict(config))
@@ -181,7 +181,7 @@ def test_a_wrong_field_is_caught(change):
 # Parts
 
 
-def test_the_bias_chooses_and_does_not_weigh():
+def test_the_bias_changes_the_choice_of_experts_and_not_their_weights():
     router = Router(ModelArgs.from_dict(checkpoints.tiny_config(n_routed_experts=4, num_experts_per_tok=2)))
     logits = mx.array([2.0, 1.0, 0.0, -1.0])
     router.weight = mx.concatenate([logits[:, None], mx.zeros((4, 127))], axis=1)
@@ -202,7 +202,7 @@ def test_the_router_works_in_float32_whatever_it_is_given():
     assert mx.array_equal(low, full)
 
 
-def test_another_module_can_take_the_place_of_the_experts(models):
+def test_another_module_can_replace_the_experts(models):
     case = CASES["short_window"]
     model = mlx_model(case.config, case.weights())
     calls = []
@@ -247,7 +247,7 @@ def test_stacked_and_separate_experts_load_the_same_and_mtp_is_left_out():
     assert mx.array_equal(stacked["model.layers.1.mlp.switch_mlp.up_proj.weight"][3], third)
 
 
-def test_a_missing_expert_is_named():
+def test_sanitize_names_a_missing_expert():
     config = checkpoints.tiny_config(num_hidden_layers=2, hybrid_layer_pattern=[0, 1], moe_layer_freq=[0, 1])
     weights = {k: mx.array(v) for k, v in checkpoints.random_weights(config, mtp=False).items()}
     del weights["model.layers.1.mlp.experts.5.up_proj.weight"]
@@ -255,7 +255,7 @@ def test_a_missing_expert_is_named():
         Model(ModelArgs.from_dict(config)).sanitize(weights)
 
 
-def test_an_fp8_checkpoint_is_sent_to_the_converter():
+def test_sanitize_rejects_an_fp8_checkpoint():
     with pytest.raises(FormatError, match=r"mlx_mimo\.convert"):
         Model(ModelArgs.from_dict(checkpoints.tiny_config())).sanitize({"a.weight_scale_inv": mx.zeros(1)})
 
@@ -266,7 +266,7 @@ def test_casting_spares_the_router():
     assert spared == {"gate.weight", "gate.e_score_correction_bias"}
 
 
-def test_quantised_as_its_predicate_says_it_equals_stock_mlx_lm():
+def test_quantised_by_its_predicate_it_equals_mlx_lms_own_model():
     case = CASES["short_window"]
     config, weights = case.config, case.weights()
     ours = mlx_model(config, weights, window=config["sliding_window_size"])

@@ -144,10 +144,10 @@ def test_training_counts_the_trunk_within_the_working_set(free, monkeypatch):
     monkeypatch.setattr(bridge_file, "on_cpu", lambda: False)
     free(10**9)
     monkeypatch.setattr(bridge_file, "working_set", lambda: needed + trunk)
-    bridge_file._WithResidency._want_memory(model, "training")
+    bridge_file._WithResidency._check_memory(model, "training")
     monkeypatch.setattr(bridge_file, "working_set", lambda: needed + trunk - 1)
     with pytest.raises(MimoError, match="training needs all experts"):
-        bridge_file._WithResidency._want_memory(model, "training")
+        bridge_file._WithResidency._check_memory(model, "training")
 
 
 def test_the_bridge_leaves_room_for_the_chunks_of_mlx_lm(free):

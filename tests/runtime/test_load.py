@@ -32,7 +32,7 @@ def greedy(model, tokenizer, prompt=PROMPT, n=24, **options) -> list[int]:
     return [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=n, **options)]
 
 
-def test_tokens_equal_mlx_lm_generate_on_the_same_model(resident):
+def test_tokens_equal_those_of_mlx_lm_generate_on_the_same_model(resident):
     model, tokenizer = resident
     theirs = [r.token for r in mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=24)]
     assert greedy(model, tokenizer) == theirs
@@ -71,7 +71,7 @@ class nothing:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 17, 2048])
-def test_chunks_do_not_change_the_tokens(resident, chunk):
+def test_the_prefill_chunk_does_not_change_the_tokens(resident, chunk):
     model, tokenizer = resident
     assert greedy(model, tokenizer, prefill_step_size=chunk) == greedy(model, tokenizer)
 
@@ -87,7 +87,7 @@ def test_both_orders_of_the_step_loop_give_the_same_tokens(resident):
         model.loaded.synchronous = True
 
 
-def test_a_token_is_handed_out_before_the_next_forward_begins(resident):
+def test_the_next_forward_pass_begins_after_the_token_was_handed_out(resident):
     model, tokenizer = resident
     calls = []
 
@@ -114,7 +114,7 @@ def test_the_last_response_says_why_it_ended_and_counts_tokens(resident):
     assert responses[-1].prompt_tokens == len(PROMPT)
 
 
-def test_an_end_token_stops_and_is_not_shown(resident):
+def test_an_end_token_ends_the_answer_and_is_not_shown(resident):
     model, tokenizer = resident
     third = greedy(model, tokenizer, n=3)[2]
     before = set(tokenizer.eos_token_ids)
@@ -128,7 +128,7 @@ def test_an_end_token_stops_and_is_not_shown(resident):
     assert responses[-1].finish_reason == "stop"
 
 
-def test_both_end_tokens_of_generation_config_stop(resident):
+def test_every_end_token_of_generation_config_is_the_tokenizers(resident):
     _, tokenizer = resident
     fields = json.loads((fp8_directory() / "generation_config.json").read_text())
     assert set(fields["eos_token_id"]) <= set(tokenizer.eos_token_ids)
@@ -149,7 +149,7 @@ def test_logits_processors_see_prompt_and_answer(resident):
     assert seen == [len(PROMPT) + i for i in range(6)]
 
 
-def test_sliding_window_is_the_number_of_keys_seen():
+def test_sliding_window_is_the_number_of_keys_that_a_query_sees():
     narrow, _ = load(converted_directory(), expert_memory="all", sliding_window=16)
     assert narrow.args.window == 16
     wide, _ = load(converted_directory(), expert_memory="all")
@@ -160,7 +160,7 @@ def test_sliding_window_is_the_number_of_keys_seen():
     assert difference[17:].max() > 1e-3
 
 
-def test_stock_mlx_lm_with_its_window_equals_ours():
+def test_mlx_lms_own_model_equals_ours_at_its_window():
     """mlx-lm 0.32 counts the query's own key within sliding_window_size."""
     directory = converted_directory("bf16")
     ours, _ = load(directory, expert_memory="all", sliding_window=16)
@@ -171,7 +171,7 @@ def test_stock_mlx_lm_with_its_window_equals_ours():
     assert np.abs(np.array(ours(x)) - np.array(stock(x))).max() < 1e-4
 
 
-def test_a_stacked_directory_loads_resident_and_is_refused_a_budget(tmp_path):
+def test_a_stacked_directory_loads_resident_and_rejects_a_budget(tmp_path):
     model, _ = mlx_lm.utils.load_model(converted_directory())
     config = json.loads((converted_directory() / "config.json").read_text())
     mlx_lm.utils.save_model(tmp_path, model)
@@ -198,14 +198,14 @@ def damaged(tmp_path):
     return target
 
 
-def test_a_missing_file_is_named(damaged):
+def test_load_names_a_missing_file(damaged):
     (damaged / "model-experts-2.safetensors").unlink()
     with pytest.raises(FormatError, match=r"model-experts-2\.safetensors"):
         load(damaged)
 
 
 @pytest.mark.parametrize("name", ["model-experts-1.safetensors", "model-trunk-00001.safetensors"])
-def test_a_truncated_file_is_named_with_both_sizes(damaged, name):
+def test_load_names_a_truncated_file_and_both_sizes(damaged, name):
     path = next(damaged.glob(name.replace("00001", "*1")))
     size = path.stat().st_size
     with open(path, "r+b") as file:
@@ -214,7 +214,7 @@ def test_a_truncated_file_is_named_with_both_sizes(damaged, name):
         load(damaged)
 
 
-def test_an_index_naming_an_absent_tensor(damaged):
+def test_load_rejects_an_index_that_names_an_absent_tensor(damaged):
     index = damaged / "model.safetensors.index.json"
     fields = json.loads(index.read_text())
     file = next(iter(fields["weight_map"].values()))
@@ -224,36 +224,36 @@ def test_an_index_naming_an_absent_tensor(damaged):
         load(damaged)
 
 
-def test_a_directory_without_config(tmp_path):
+def test_load_rejects_a_directory_without_config(tmp_path):
     with pytest.raises(FormatError, match=r"config\.json: not found"):
         load(tmp_path)
 
 
-def test_another_model_is_refused_by_name(damaged):
+def test_load_rejects_another_model_by_its_name(damaged):
     config = json.loads((damaged / "config.json").read_text()) | {"model_type": "llama", "architectures": ["Llama"]}
     (damaged / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=r"llama.*mimo_v2_flash"):
         load(damaged)
 
 
-def test_an_fp8_directory_names_the_command_that_converts_it():
+def test_load_names_the_command_that_converts_an_fp8_directory():
     with pytest.raises(MimoError, match="mlx_mimo convert --hf-path"):
         load(fp8_directory())
 
 
-def test_a_name_that_is_neither_directory_nor_repo():
+def test_load_rejects_a_name_that_is_neither_directory_nor_repo():
     with pytest.raises(UsageError, match="no such directory"):
         load("./nowhere")
 
 
-def test_the_flag_sets_the_readers_threads():
+def test_reader_threads_sets_the_number_of_reading_threads():
     flags = build_parser().parse_args(["--reader-threads", "3", "--expert-memory", "100kB"])
     model, _ = load(converted_directory(), **load_options(flags))
     assert model.residency.reader.threads == 3
     model.residency.close()
 
 
-def test_the_flag_reaches_load_in_bench_and_compare(tmp_path):
+def test_bench_and_compare_pass_reader_threads_to_load(tmp_path):
     (tmp_path / "text").write_text("some words to compare with")
     model = str(converted_directory())
     for command, arguments in (
@@ -266,12 +266,12 @@ def test_the_flag_reaches_load_in_bench_and_compare(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, -1, 65])
-def test_reader_threads_have_a_range(count):
+def test_load_rejects_reader_threads_out_of_range(count):
     with pytest.raises(UsageError, match=f"1 to 64 expected, {count} found"):
         load(converted_directory(), reader_threads=count)
 
 
-def test_empty_and_too_long_prompts(resident):
+def test_stream_generate_rejects_empty_and_too_long_prompts(resident):
     model, tokenizer = resident
     with pytest.raises(UsageError, match="empty"):
         next(stream_generate(model, tokenizer, []))
@@ -280,7 +280,7 @@ def test_empty_and_too_long_prompts(resident):
 
 
 @pytest.mark.parametrize("failing", ["adapter", "trace", "tokenizer"])
-def test_what_fails_after_the_experts_were_attached_closes_their_files(failing, damaged, tmp_path):
+def test_an_error_after_experts_were_attached_closes_their_files(failing, damaged, tmp_path):
     options = {"expert_memory": "100kB"}
     if failing == "adapter":
         options["adapter_path"] = tmp_path / "adapter"
@@ -303,6 +303,6 @@ def open_files(directory) -> list[str]:
 
 
 @pytest.mark.parametrize("memory", [0, -5, "0GB", "much"])
-def test_expert_memory_that_is_no_size_is_refused(memory):
+def test_load_rejects_expert_memory_that_is_not_a_size(memory):
     with pytest.raises(UsageError, match="size"):
         load(converted_directory(), expert_memory=memory)

@@ -17,7 +17,7 @@ def checkpoint(tmp_path):
     return shutil.copytree(fp8_directory(), tmp_path / "released")
 
 
-def test_yes_converts_beside_the_checkpoint_and_goes_on(checkpoint):
+def test_answering_yes_converts_beside_the_checkpoint_and_continues(checkpoint):
     command = [sys.executable, "-m", "mlx_mimo.chat", "--model", str(checkpoint), "-m", "2", "--temp", "0"]
     target = checkpoint.with_name("released-4bit")
     with Terminal(*command, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as terminal:
@@ -33,7 +33,7 @@ def test_yes_converts_beside_the_checkpoint_and_goes_on(checkpoint):
 
 
 @pytest.mark.parametrize("reply", ["n", "", "yesterday", None])
-def test_anything_else_converts_nothing_and_names_the_command(reply, checkpoint, monkeypatch):
+def test_any_other_answer_converts_nothing_and_names_the_command(reply, checkpoint, monkeypatch):
     def answer():
         if reply is None:
             raise EOFError
@@ -47,7 +47,7 @@ def test_anything_else_converts_nothing_and_names_the_command(reply, checkpoint,
     assert [path.name for path in checkpoint.parent.iterdir()] == ["released"]
 
 
-def test_without_a_terminal_nobody_is_asked(checkpoint, monkeypatch):
+def test_without_a_terminal_no_question_is_asked(checkpoint, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda: pytest.fail("asked"))
     with pytest.raises(MimoError, match=r"must be converted first: mlx_mimo convert --hf-path"):
         source.find(checkpoint)
