@@ -76,11 +76,12 @@ class Packed:
         mode: str = "affine",
         borrowed: bool = False,
     ):
-        self.format = format_of(weight.dtype, bits, group_size, mode)
-        if self.format is None:
+        format = format_of(weight.dtype, bits, group_size, mode)
+        if format is None:
             raise MimoError(f"{mode}, {bits} bits, groups of {group_size}: no CPU kernel; use MLX's own operations")
+        self.format = format
         self.rows = weight.shape[-2]
-        self.columns = weight.shape[-1] * weight.dtype.size * 8 // FORMAT_BITS[self.format]
+        self.columns = weight.shape[-1] * weight.dtype.size * 8 // FORMAT_BITS[format]
         self.slots = weight.shape[0] if weight.ndim == 3 else 1
         self.group_size = group_size
         self.scale = _KINDS[scales.dtype] if bits else ""

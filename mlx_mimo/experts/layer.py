@@ -1,12 +1,13 @@
 """The experts of an MoE layer, computed through a pool or from banks that hold them all.
 
-Both stand where `layer.mlp.switch_mlp` stood and are called like mlx-lm's SwitchGLU: `(x, indices)` → one output for
-each token and chosen expert, in the router's order. Where an expert lay, and when it was read, changes no bit of it.
+Both replace `layer.mlp.switch_mlp` and are called like mlx-lm's SwitchGLU: `(x, indices)` → one output for each token
+and chosen expert, in the router's order. No bit of an output depends on where its expert lay or when it was read.
 """
 
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,19 +18,21 @@ from ..errors import MimoError
 from .banks import Banks, host_bytes
 from .compute import Compute
 from .pool import Pool
-from .reader import ExpertReader
+from .reader import ExpertReader, ReadRequest
 from .residents import SORTED_PAIRS, Need
 
-ENOUGH_WAITING = 0.5  # share of the reading time in which computing hits holds nobody up; docs/RESIDENCY.md
+ENOUGH_WAITING = (
+    0.5  # share of reads' time spent waiting from which on computing hits first is faster; docs/RESIDENCY.md
+)
 
 
 @mx.custom_function
 def _constant(x: mx.array) -> mx.array:
-    """x, through which no derivative passes: by the time of a backward step a slot holds another expert."""
+    """x; taking a derivative through it raises MimoError: in the backward step a slot may hold another expert."""
     return x
 
 
-def _refuse(*_):
+def _refuse(*_: Any) -> None:
     raise MimoError(
         "experts that stream have no gradient; load the model with all experts resident (--expert-memory all)"
     )
@@ -37,7 +40,7 @@ def _refuse(*_):
 
 @mx.custom_function
 def _computed(y: mx.array, x: mx.array) -> mx.array:
-    """y, which the host computed from x: without this a derivative would pass by, and be zero."""
+    """y, computed on the host from x; taking a derivative raises MimoError, where without this it would be 0."""
     return y
 
 
@@ -47,37 +50,37 @@ for _function in (_constant, _computed):
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """Whose experts to guess during a layer's call."""
+class Lookahead:
+    """The next MoE layer, whose experts are guessed during a layer's call."""
 
-    layer: int  # the following MoE layer
+    layer: int
     pool: Pool
-    router: Callable  # its router: x → (indices, weights)
+    router: Callable[[mx.array], tuple[mx.array, mx.array]]  # x → (indices, weights)
 
 
 class StreamedSwitchGLU(nn.Module):
-    """Experts of layer `layer` through `pool`. `trace`, where set, is told each call's routing.
+    """The experts of layer `layer` through `pool`.
 
-    `split` computes hits while misses are read; None does so while reads keep their threads waiting for the disk.
-    `ahead`, where set, reads what the next layer will probably need. `before`, where set, is called before anything
-    else.
+    `hits_first` computes hits while misses are read; None does so only while reads wait for the disk. These may be set
+    afterwards: `ahead` reads what the next layer will probably need, `trace` is called with (layer, chosen experts) in
+    each call, and `before` is called at the beginning of each call.
     """
 
-    def __init__(self, layer: int, pool: Pool, compute: Compute, split: bool | None = False):
+    def __init__(self, layer: int, pool: Pool, compute: Compute, hits_first: bool | None = False):
         super().__init__()
         self.layer = layer
         self.pool = pool
         self.compute = compute
-        self.split = split
-        self.ahead: Ahead | None = None
-        self.trace: Callable | None = None
-        self.before: Callable | None = None
+        self.hits_first = hits_first
+        self.ahead: Lookahead | None = None
+        self.trace: Callable[[int, np.ndarray], None] | None = None
+        self.before: Callable[[], None] | None = None
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x (..., hidden), indices (..., K) → (..., K, hidden)."""
         if self.before is not None:
             self.before()
-        if self.compute.takes_lazy:  # the kernels refuse by themselves
+        if self.compute.takes_lazy:  # the kernels refuse derivatives themselves
             x = _constant(x)
         *rows, hidden = x.shape
         top_k = indices.shape[-1]
@@ -97,10 +100,10 @@ class StreamedSwitchGLU(nn.Module):
         return y.reshape(*rows, top_k, hidden)
 
     def _decode(self, x: mx.array, chosen: np.ndarray, guesses: np.ndarray | None) -> mx.array:
-        """x (T, hidden), chosen (T, K) → (T, K, hidden), in one piece wherever the slots suffice."""
+        """x (T, hidden), chosen (T, K) → (T, K, hidden), computed in one piece where the slots suffice."""
         parts = None
-        split = self.pool.reader.waiting > ENOUGH_WAITING if self.split is None else self.split
-        with closing(self.pool.serve(Need.of(self.layer, chosen), split, hold=guesses is not None)) as steps:
+        hits_first = self.pool.reader.waiting > ENOUGH_WAITING if self.hits_first is None else self.hits_first
+        with closing(self.pool.serve(Need.of(self.layer, chosen), hits_first, hold=guesses is not None)) as steps:
             for step in steps:
                 if step.last and guesses is not None and not self.compute.takes_lazy:
                     self.ahead.pool.guess(self.ahead.layer, guesses)  # read while the host computes
@@ -118,7 +121,7 @@ class StreamedSwitchGLU(nn.Module):
         return y
 
     def _prefill(self, x: mx.array, chosen: np.ndarray) -> mx.array:
-        """As `_decode`, expert-major: a wave's pairs at a time, sorted by expert."""
+        """x (T, hidden), chosen (T, K) → (T, K, hidden), a wave's pairs at a time, sorted by expert."""
         parts = self._parts(chosen)
         with closing(self.pool.serve(Need.of(self.layer, chosen))) as steps:
             for step in steps:
@@ -132,7 +135,7 @@ class StreamedSwitchGLU(nn.Module):
         return Parts(chosen, on_host=not self.compute.takes_lazy)
 
     def _pairs(self, x: mx.array, pairs: np.ndarray, chosen: np.ndarray) -> mx.array:
-        """Outputs (P, hidden) of the given pairs, which are numbered token * K + k and sorted by expert."""
+        """The outputs (P, hidden) of `pairs`, numbers token * K + k sorted by expert."""
         slots = self.pool.slots_of(self.layer, chosen.reshape(-1)[pairs])
         if chosen.shape[0] == 1:
             return self.compute(x, slots[None], self.pool.arrays)[0]
@@ -140,7 +143,7 @@ class StreamedSwitchGLU(nn.Module):
         return self.compute(rows, slots[:, None], self.pool.arrays, grouped=True)[:, 0]
 
     def _guess(self, x: mx.array, indices: mx.array) -> np.ndarray:
-        """Experts that the next layer's router would choose for this layer's input; evaluates `indices` with it."""
+        """The experts that the next layer's router chooses for this layer's input. Evaluates `indices` too."""
         guesses = self.ahead.router(x)[0]
         mx.eval(indices, guesses)
         return np.unique(np.array(guesses)).astype(np.int32)
@@ -149,8 +152,8 @@ class StreamedSwitchGLU(nn.Module):
 class Parts:
     """The outputs of a call's pairs, computed a few experts at a time.
 
-    `on_host` puts each output into its place at once, for kernels that computed it there: joined on the device, all
-    outputs would be in memory three times.
+    With `on_host`, each output is copied to its place at once, for kernels that computed it on the host: joined on the
+    device, all outputs would be in memory three times.
     """
 
     def __init__(self, chosen: np.ndarray, on_host: bool = False):
@@ -164,7 +167,7 @@ class Parts:
         self._outputs: list[mx.array] = []
 
     def select(self, experts: np.ndarray) -> np.ndarray:
-        """The pairs of `experts`, expert after expert, an expert's in token order."""
+        """The pairs of `experts`, sorted by expert and then by token. The caller must `add` their outputs next."""
         experts = np.sort(experts)
         begins, ends = np.searchsorted(self._sorted, experts), np.searchsorted(self._sorted, experts, side="right")
         pairs = np.concatenate([self._order[a:b] for a, b in zip(begins, ends)])
@@ -172,7 +175,7 @@ class Parts:
         return pairs
 
     def add(self, output: mx.array, evaluate: bool) -> None:
-        """`output` (P, hidden) of the pairs selected last."""
+        """Takes `output` (P, hidden), of the pairs selected last."""
         if self._on_host:
             if self._joined is None:
                 self._joined = mx.zeros((self._experts.size, output.shape[-1]), dtype=output.dtype)
@@ -192,17 +195,20 @@ class Parts:
 
 
 class ResidentSwitchGLU(nn.Module):
-    """All experts of a layer in banks of their own, expert e in slot e: nothing waits for the router."""
+    """All experts of a layer in banks of their own, expert e in slot e, so that no call waits for the router.
+
+    Reads them all when it is made. Raises MimoError for a record that cannot be read.
+    """
 
     def __init__(self, file: ExpertFile, reader: ExpertReader, compute: Compute, in_place: bool | None = None):
         super().__init__()
         self.layer = file.layer
         self.compute = compute
-        self.trace = None
+        self.trace: Callable[[int, np.ndarray], None] | None = None
         self.banks = Banks(file.layout, file.num_experts, compute.widen, in_place)
         for start in range(0, file.num_experts, 32):
             slots = range(start, min(start + 32, file.num_experts))
-            reader.read([(file.layer, slot, self.banks.buffers(slot)) for slot in slots])
+            reader.read([ReadRequest(file.layer, slot, self.banks.buffers(slot)) for slot in slots])
             self.banks.landed(slots)
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
