@@ -118,7 +118,12 @@ class Packed:
 
     def slot_addresses(self, slots: np.ndarray) -> Addresses:
         """The addresses of the first rows of `slots`."""
-        return self.row_addresses(slots * self.rows)
+        start, size, rows = self.addresses, self.row_bytes, self.rows
+        return Addresses(
+            weight=start.weight + slots * (size.weight * rows),
+            scales=start.scales + slots * (size.scales * rows),
+            biases=start.biases + slots * (size.biases * rows),
+        )
 
     def dequantised(self, slot: int, first: int, last: int, out: np.ndarray) -> np.ndarray:
         """Rows first..last of one slot as float32, in the memory of `out`: (last - first, columns)."""

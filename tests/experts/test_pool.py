@@ -206,7 +206,7 @@ def test_a_guess_that_cannot_be_read_fails_only_where_it_is_needed(make, disk):
     pool.guess(1, np.array([4, 5]))
     pool.reader.drain()
     disk.fault = lambda n: None
-    serve(pool, need(1, 0))
+    serve(pool, need(2, 0))
     assert_consistent(pool)
     serve(pool, need(1, 4, 5))
     assert pool.lookahead_used == 0
