@@ -7,7 +7,7 @@ and chosen expert, in the router's order. No bit of an output depends on where i
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +16,7 @@ import numpy as np
 from ..checkpoint.record import ExpertFile
 from ..errors import MimoError
 from .banks import Banks, host_bytes
-from .compute import Compute
+from .compute import Compute, Slots
 from .pool import Pool
 from .reader import ExpertReader, ReadRequest
 from .residents import SORTED_PAIRS, Need
@@ -81,10 +81,10 @@ class StreamedSwitchGLU(nn.Module):
         if self.before is not None:
             self.before()
         if self.compute.takes_lazy:  # the kernels refuse derivatives themselves
-            x = _constant(x)
+            x = cast(mx.array, _constant(x))
         *rows, hidden = x.shape
         top_k = indices.shape[-1]
-        guesses = self._guess(x, indices) if self.ahead is not None and indices.size < SORTED_PAIRS else None
+        guesses = self._guess(x, indices, self.ahead) if self.ahead and indices.size < SORTED_PAIRS else None
         chosen = np.array(indices).reshape(-1, top_k).astype(np.int32)  # (T, K); waits for the router
         x = x.reshape(-1, hidden)
         if self.trace is not None:
@@ -96,28 +96,30 @@ class StreamedSwitchGLU(nn.Module):
         else:
             y = self._prefill(x, chosen)
         if not self.compute.takes_lazy:
-            y = _computed(y, x)
+            y = cast(mx.array, _computed(y, x))
         return y.reshape(*rows, top_k, hidden)
 
     def _decode(self, x: mx.array, chosen: np.ndarray, guesses: np.ndarray | None) -> mx.array:
         """x (T, hidden), chosen (T, K) → (T, K, hidden), computed in one piece where the slots suffice."""
-        parts = None
+        parts: Parts | None = None
+        ahead = self.ahead if guesses is not None else None
         hits_first = self.pool.reader.waiting > ENOUGH_WAITING if self.hits_first is None else self.hits_first
         with closing(self.pool.serve(Need.of(self.layer, chosen), hits_first, hold=guesses is not None)) as steps:
             for step in steps:
-                if step.last and guesses is not None and not self.compute.takes_lazy:
-                    self.ahead.pool.guess(self.ahead.layer, guesses)  # read while the host computes
+                if step.last and ahead and guesses is not None and not self.compute.takes_lazy:
+                    ahead.pool.guess(ahead.layer, guesses)  # read while the host computes
                 if step.last and parts is None:
                     y = self.compute(x, self.pool.slots_of(self.layer, chosen), self.pool.arrays)
                 else:
                     parts = parts or self._parts(chosen)
                     parts.add(self._pairs(x, parts.select(step.experts), chosen), evaluate=not step.last)
-                    y = parts.joined() if step.last else None
+                    if step.last:
+                        y = parts.joined()
                 if step.last and self.compute.takes_lazy:
                     self.pool.lazily(y)
-                    if guesses is not None:
-                        mx.async_eval(y)
-                        self.ahead.pool.guess(self.ahead.layer, guesses)
+                    if ahead and guesses is not None:
+                        mx.async_eval(y)  # type: ignore[no-untyped-call]
+                        ahead.pool.guess(ahead.layer, guesses)
         return y
 
     def _prefill(self, x: mx.array, chosen: np.ndarray) -> mx.array:
@@ -142,9 +144,9 @@ class StreamedSwitchGLU(nn.Module):
         rows = x[mx.array(pairs // chosen.shape[1])]
         return self.compute(rows, slots[:, None], self.pool.arrays, grouped=True)[:, 0]
 
-    def _guess(self, x: mx.array, indices: mx.array) -> np.ndarray:
+    def _guess(self, x: mx.array, indices: mx.array, ahead: Lookahead) -> np.ndarray:
         """The experts that the next layer's router chooses for this layer's input. Evaluates `indices` too."""
-        guesses = self.ahead.router(x)[0]
+        guesses = ahead.router(x)[0]
         mx.eval(indices, guesses)
         return np.unique(np.array(guesses)).astype(np.int32)
 
@@ -215,22 +217,19 @@ class ResidentSwitchGLU(nn.Module):
         """x (..., hidden), indices (..., K) → (..., K, hidden)."""
         *rows, hidden = x.shape
         top_k = indices.shape[-1]
-        x, slots = x.reshape(-1, hidden), indices.reshape(-1, top_k)
+        x = x.reshape(-1, hidden)
+        slots: Slots = indices.reshape(-1, top_k)
         if self.trace is not None or not self.compute.takes_lazy:
-            slots = np.array(slots).astype(np.int32)
+            slots = chosen = np.array(slots).astype(np.int32)
             if self.trace is not None:
-                self.trace(self.layer, slots)
+                self.trace(self.layer, chosen)
         if indices.size < SORTED_PAIRS:
             y = self.compute(x, slots, self.banks.arrays)
         elif isinstance(slots, np.ndarray):
             parts = Parts(slots)
             pairs = parts.select(np.unique(slots))
-            parts.add(
-                self.compute(x[mx.array(pairs // top_k)], slots.reshape(-1, 1)[pairs], self.banks.arrays, grouped=True)[
-                    :, 0
-                ],
-                evaluate=False,
-            )
+            y = self.compute(x[mx.array(pairs // top_k)], slots.reshape(-1, 1)[pairs], self.banks.arrays, grouped=True)
+            parts.add(y[:, 0], evaluate=False)
             y = parts.joined()
         else:
             order = mx.argsort(slots.reshape(-1))

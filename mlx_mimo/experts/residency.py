@@ -182,6 +182,8 @@ class Residency:
         sizes = [pool.banks.slot_bytes for pool in self.pools]
         experts = [len(pool.files) * pool.num_experts for pool in self.pools]
         if expert_memory_bytes is None:
+            if slots is None:
+                raise ValueError("a number of bytes or of slots expected")
             expert_memory_bytes = slots * sum(s * n for s, n in zip(sizes, experts)) // sum(experts)
         shares = divide(expert_memory_bytes, sizes, experts)
         if slots is not None and len(self.pools) == 1:

@@ -61,7 +61,9 @@ def check(slots, policy, lookahead, chunk, batch, count, truth):
     model.residency.close()
 
 
-@pytest.mark.parametrize(("chunk", "batch"), [(2048, 1), (3, 1), (64, 4)])
+@pytest.mark.parametrize(
+    ("chunk", "batch"), [(64, 4), *(pytest.param(chunk, 1, marks=pytest.mark.long) for chunk in (2048, 3))]
+)
 def test_tokens_do_not_depend_on_residency(chunk, batch):
     truth = greedy(open_model(), prompts(batch, 70), 24, chunk)
     for step, slots in enumerate(RESIDENCIES):
