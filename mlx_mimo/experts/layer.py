@@ -67,7 +67,7 @@ class StreamedSwitchGLU(nn.Module):
     """
 
     def __init__(self, layer: int, pool: Pool, compute: Compute, hits_first: bool | None = False):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layer = layer
         self.pool = pool
         self.compute = compute
@@ -203,7 +203,7 @@ class ResidentSwitchGLU(nn.Module):
     """
 
     def __init__(self, file: ExpertFile, reader: ExpertReader, compute: Compute, in_place: bool | None = None):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layer = file.layer
         self.compute = compute
         self.trace: Callable[[int, np.ndarray], None] | None = None
