@@ -1,10 +1,11 @@
-"""`python -m mlx_mimo.replay`: what other policies and budgets would have hit on a recorded routing trace."""
+"""`python -m mlx_mimo.replay`: the hit rates of other policies and budgets on a recorded routing trace."""
 
 import argparse
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .arguments import positive_int, run
 from .errors import MimoError, UsageError
@@ -15,10 +16,10 @@ from .units import parse_size
 
 
 @dataclass(frozen=True)
-class Row:
-    """One policy at one budget, on the trace and on its shuffled control."""
+class ReplayRow:
+    """One line of the table: a policy at a budget, on the trace and on its shuffled control."""
 
-    budget: str
+    budget: str  # as it was given
     slots: int
     resident: float  # share of all experts that fit
     result: Result
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def replay(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status. Raises UsageError for wrong arguments, MimoError for wrong files."""
     policies = [name.strip() for name in args.policy.split(",")]
     unknown = next((name for name in policies if name not in REPLAY_POLICIES), None)
     if unknown is not None:
@@ -80,7 +82,10 @@ def replay(args: argparse.Namespace) -> int:
 
 
 def slots_of(text: str, trace: Trace, slot_bytes: int) -> int:
-    """Slots that a budget, a size or a share of all experts, comes to: one at least, all at most."""
+    """The slots of a budget, which is a size or a share of all experts: one at least, all experts at most.
+
+    Raises UsageError for a budget that is neither, and for a size where `slot_bytes` is 0.
+    """
     text, every = text.strip(), len(trace.layers) * trace.num_experts
     if text.endswith("%"):
         try:
@@ -97,7 +102,8 @@ def slots_of(text: str, trace: Trace, slot_bytes: int) -> int:
 
 def measure(
     trace: Trace, policies: list[str], budgets: list[tuple[str, int]], half_life: float, seed: int
-) -> list[Row]:
+) -> list[ReplayRow]:
+    """Every policy at every budget, budget by budget."""
     control = shuffled(trace, seed)
     needs, control_needs = needs_of(trace), needs_of(control)
     every, rows = len(trace.layers) * trace.num_experts, []
@@ -107,11 +113,12 @@ def measure(
             result = simulate(trace, policy, slots, half_life, needs)
             rate = trace.routed / (time.perf_counter() - began)
             baseline = simulate(control, policy, slots, half_life, control_needs)
-            rows.append(Row(budget.strip(), slots, slots / every, result, baseline, rate))
+            rows.append(ReplayRow(budget.strip(), slots, slots / every, result, baseline, rate))
     return rows
 
 
-def print_table(name: str, trace: Trace, rows: list[Row]) -> None:
+def print_table(name: str, trace: Trace, rows: list[ReplayRow]) -> None:
+    """Prints the rows; `name` is the trace file's."""
     print(
         f"{name}: {len(trace.calls):,} calls of {len(trace.layers)} layers, {trace.routed:,} routed experts, "
         f"{trace.num_experts} experts a layer, top {trace.top_k}"
@@ -126,7 +133,8 @@ def print_table(name: str, trace: Trace, rows: list[Row]) -> None:
         )
 
 
-def report(trace: Trace, slot_bytes: int, rows: list[Row]) -> dict:
+def report(trace: Trace, slot_bytes: int, rows: list[ReplayRow]) -> dict[str, Any]:
+    """The object that --json prints."""
     return {
         "layers": len(trace.layers),
         "num_experts": trace.num_experts,
@@ -151,7 +159,8 @@ def report(trace: Trace, slot_bytes: int, rows: list[Row]) -> dict:
     }
 
 
-def plot(path: Path, name: str, rows: list[Row]) -> None:
+def plot(path: Path, name: str, rows: list[ReplayRow]) -> None:
+    """Writes a plot of hit rate against budget. Raises MimoError without matplotlib, or where it cannot be written."""
     try:
         import matplotlib
 

@@ -1,4 +1,4 @@
-"""A pool over a disk that does as told, and whether what it holds is right: for the tests of pool.py."""
+"""For tests of the pool: a disk with faults, needs, and checks of what a pool holds."""
 
 import os
 import time
@@ -13,7 +13,7 @@ LAYERS = (1, 2)
 
 
 class Disk:
-    """preadv that does as told: `fault(n)` decides what the n-th call does."""
+    """A preadv with faults: `fault(n)` returns "fail", "short", "slow" or None for the n-th call."""
 
     def __init__(self):
         self.calls = 0
@@ -36,7 +36,7 @@ def need(layer, *experts, together=True) -> Need:
 
 
 def serve(pool, call, **options) -> set[int]:
-    """Runs a call, checking that each expert's slot holds its weights when it is to be computed."""
+    """Runs a call, and checks at each step that the slots of its experts hold their weights. Returns the experts."""
     computed = []
     with closing(pool.serve(call, **options)) as steps:
         for step in steps:

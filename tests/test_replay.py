@@ -1,4 +1,4 @@
-"""The replay command: its table, its JSON, its plot, its refusals."""
+"""The replay command prints a table or JSON, writes a plot, and refuses wrong arguments and traces."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def run(capsys, *arguments) -> str:
     return capsys.readouterr().out
 
 
-def test_json_holds_each_policy_and_budget(trace, capsys):
+def test_json_has_a_row_for_each_policy_and_budget(trace, capsys):
     result = json.loads(run(capsys, trace, "--expert-memory", "8MB,25%,1GB", "--json"))
     assert (result["layers"], result["num_experts"], result["top_k"], result["routed"]) == (2, 32, 4, 480)
     rows = {(row["expert_memory"], row["policy"]): row for row in result["rows"]}
@@ -46,7 +46,7 @@ def test_json_holds_each_policy_and_budget(trace, capsys):
         assert row["routed_per_second"] > 0
 
 
-def test_the_table_has_a_line_for_each(trace, capsys):
+def test_the_table_has_a_line_for_each_policy(trace, capsys):
     lines = run(capsys, trace, "--expert-memory", "10%", "--policy", "lru,belady").splitlines()
     assert len(lines) == 4
     assert "480 routed experts" in lines[0]
@@ -78,18 +78,18 @@ def test_the_plot_is_written(trace, tmp_path, capsys):
         (["--expert-memory", "much"], "'much'"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(trace, capsys, arguments, message):
+def test_replay_rejects_wrong_policies_and_budgets(trace, capsys, arguments, message):
     with pytest.raises(UsageError, match=message):
         run(capsys, trace, *arguments)
 
 
-def test_a_trace_of_nothing_is_refused(tmp_path, capsys):
+def test_replay_rejects_a_trace_without_calls(tmp_path, capsys):
     TraceWriter(tmp_path / "t", (1,), 4, 2).close()
     with pytest.raises(MimoError, match="t: the trace holds no calls"):
         run(capsys, tmp_path / "t")
 
 
-def test_sizes_need_to_know_an_experts_size(tmp_path, capsys):
+def test_a_budget_in_bytes_needs_the_size_of_an_expert(tmp_path, capsys):
     writer = TraceWriter(tmp_path / "t", (1,), 4, 2)
     writer(1, np.array([[0, 1]]))
     writer.close()
@@ -98,7 +98,7 @@ def test_sizes_need_to_know_an_experts_size(tmp_path, capsys):
     assert json.loads(run(capsys, tmp_path / "t", "--expert-memory", "50%", "--json"))["rows"][0]["slots"] == 2
 
 
-def test_as_a_command(trace, tmp_path):
+def test_the_command_prints_the_table_or_one_line_of_error(trace, tmp_path):
     command = [sys.executable, "-m", "mlx_mimo.replay"]
     done = subprocess.run([*command, str(trace)], capture_output=True, text=True)
     assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""Tiny expert files and models for the tests: random experts, written as convert writes them."""
+"""Tiny expert files and models: random experts, in files as convert writes them."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def reference_glu(tensors: dict) -> SwitchGLU:
 
 
 class Router(nn.Module):
-    """Top experts by a random projection; weights are not what these tests are about."""
+    """Chooses the top experts of a random projection."""
 
     def __init__(self, hidden: int, experts: int, top_k: int, seed: int):
         super().__init__()
@@ -125,7 +125,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Layer 0 dense, then MoE layers, each token on its own: the shape of a model that `attach` takes."""
+    """The shape of a model that `attach` takes: layer 0 dense, then MoE layers, each token on its own."""
 
     def __init__(self, experts: dict[int, dict], top_k: int = TOP_K):
         super().__init__()
@@ -143,7 +143,7 @@ class Model(nn.Module):
 
 
 def tiny_model(directory: Path, layers: int = 3, form: str = "affine4", **sizes) -> Model:
-    """A model and its expert files."""
+    """A model, whose expert files are written to `directory`."""
     forms = form if isinstance(form, dict) else dict.fromkeys(range(1, layers + 1), form)
     experts = {layer: random_experts(kind, seed=layer, **sizes) for layer, kind in forms.items()}
     for layer, tensors in experts.items():

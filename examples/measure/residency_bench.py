@@ -183,8 +183,8 @@ def decode(files: dict[int, ExpertFile], args: argparse.Namespace) -> None:
     mx.eval(x)
     pool = Pool(files, 64, reader, widen=compute.widen)
     ways = {
-        name: StreamedSwitchGLU(layer, pool, compute, split)
-        for name, split in (("together", False), ("hits first", True), ("default", None))
+        name: StreamedSwitchGLU(layer, pool, compute, hits_first)
+        for name, hits_first in (("together", False), ("hits first", True), ("default", None))
     }
     for warm in (False, True):
         for misses in (0, 1, 2, 4, 8):

@@ -1,4 +1,4 @@
-"""Experts computed by kernels: an `ExpertCompute`, see `experts.compute`."""
+"""Experts computed by kernels: see `experts.compute.Compute`."""
 
 import weakref
 

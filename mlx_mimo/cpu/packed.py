@@ -76,11 +76,12 @@ class Packed:
         mode: str = "affine",
         borrowed: bool = False,
     ):
-        self.format = format_of(weight.dtype, bits, group_size, mode)
-        if self.format is None:
+        format = format_of(weight.dtype, bits, group_size, mode)
+        if format is None:
             raise MimoError(f"{mode}, {bits} bits, groups of {group_size}: no CPU kernel; use MLX's own operations")
+        self.format = format
         self.rows = weight.shape[-2]
-        self.columns = weight.shape[-1] * weight.dtype.size * 8 // FORMAT_BITS[self.format]
+        self.columns = weight.shape[-1] * weight.dtype.size * 8 // FORMAT_BITS[format]
         self.slots = weight.shape[0] if weight.ndim == 3 else 1
         self.group_size = group_size
         self.scale = _KINDS[scales.dtype] if bits else ""
@@ -117,7 +118,12 @@ class Packed:
 
     def slot_addresses(self, slots: np.ndarray) -> Addresses:
         """The addresses of the first rows of `slots`."""
-        return self.row_addresses(slots * self.rows)
+        start, size, rows = self.addresses, self.row_bytes, self.rows
+        return Addresses(
+            weight=start.weight + slots * (size.weight * rows),
+            scales=start.scales + slots * (size.scales * rows),
+            biases=start.biases + slots * (size.biases * rows),
+        )
 
     def dequantised(self, slot: int, first: int, last: int, out: np.ndarray) -> np.ndarray:
         """Rows first..last of one slot as float32, in the memory of `out`: (last - first, columns)."""

@@ -1,10 +1,10 @@
-"""The memory of a pool: for each tensor of the record one contiguous array, a slot being one row of each.
+"""The memory of a pool: one contiguous array for each tensor of the record; a slot is one row of each.
 
-Where the backend lets the host write into an evaluated array (CPU, Metal), reads go straight into the slot. Elsewhere
-(CUDA) they go into a buffer that `landed` copies. Which it is, is found out at start by trying.
+Where the backend lets the host write into an evaluated array (CPU, Metal), records are read straight into the slot.
+Elsewhere (CUDA) they are read into a buffer that `landed` copies. `host_writable` finds out by trying.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import mlx.core as mx
@@ -25,26 +25,26 @@ _WIDENED = ("BF16", "F16")
 
 
 def memory_dtype(tensor: RecordTensor, widen: bool) -> mx.Dtype:
-    """A tensor's type in a slot. `widen` stores 16-bit floats as float32, for kernels that take nothing else."""
+    """A tensor's type in a slot; `widen` stores 16-bit floats as float32. Raises MimoError for an unknown type."""
     if tensor.dtype not in DTYPES:
         raise MimoError(f"{tensor.name}: experts of type {tensor.dtype}; one of {', '.join(DTYPES)} expected")
     return mx.float32 if widen and tensor.dtype in _WIDENED else DTYPES[tensor.dtype]
 
 
 def slot_bytes(layout: RecordLayout, widen: bool = False) -> int:
-    """Memory of one slot; the record's own size unless 16-bit floats are widened."""
+    """The memory of one slot: the record's size, more where 16-bit floats are widened."""
     return sum(prod(t.shape) * memory_dtype(t, widen).size for t in layout.tensors)
 
 
 def most_slots(layout: RecordLayout, widen: bool = False) -> int | None:
-    """How many slots the largest buffer of this device can hold; None where no limit is known."""
-    limit = mx.device_info().get("max_buffer_length") if mx.default_device() == mx.gpu else None
+    """The most slots that a buffer of this device can hold; None where no limit is known."""
+    limit = int(mx.device_info().get("max_buffer_length", 0)) if mx.default_device() == mx.gpu else 0
     largest = max(prod(t.shape) * memory_dtype(t, widen).size for t in layout.tensors)
     return limit // largest if limit else None
 
 
 def host_writable() -> bool:
-    """Whether bytes written through a view of an evaluated array are what the default device computes with."""
+    """Whether the default device computes with bytes that the host wrote into an evaluated array."""
     bank = mx.zeros((4, 64), dtype=mx.uint32)
     mx.eval(bank)
     try:
@@ -61,7 +61,7 @@ def host_writable() -> bool:
 
 
 def host_bytes(bank: mx.array) -> np.ndarray:
-    """(slots, bytes of a row), sharing memory with an evaluated bank where the backend allows it."""
+    """A bank as (slots, bytes of a row), in the bank's own memory where the backend allows it."""
     raw = bank.view(mx.uint8)
     mx.eval(raw)
     return np.asarray(raw).reshape(bank.shape[0], -1)
@@ -70,8 +70,8 @@ def host_bytes(bank: mx.array) -> np.ndarray:
 class Banks:
     """`slots` slots for records of `layout`; `arrays` maps a tensor's name to its bank (slots, *shape).
 
-    Never assign into `arrays` elsewhere: an update by MLX may move a bank away from the host's views. Before bytes are
-    written, nothing lazy may still have to read the slot.
+    No other code may assign into `arrays`: an update by MLX may move a bank away from the host's views. Before bytes
+    are written into a slot, the caller must evaluate every output that reads it.
     """
 
     def __init__(self, layout: RecordLayout, slots: int, widen: bool = False, in_place: bool | None = None):
@@ -87,38 +87,39 @@ class Banks:
 
     @property
     def slots(self) -> int:
-        """Slots of the longest bank; all are as long, unless memory ran out while they were resized."""
+        """The slots of the longest bank; all are equally long unless memory ran out during `resize`."""
         return max(bank.shape[0] for bank in self.arrays.values())
 
     def buffers(self, slot: int) -> list[memoryview]:
-        """Where the reader puts the record of `slot`, tensor after tensor; call `landed` once it is there."""
+        """The buffers for the record of `slot`, in order. The caller must call `landed` or `abandon` after the read."""
         if not self.in_place:
             staged = self._staged[slot] = np.empty(self.layout.nbytes, dtype=np.uint8)
-            return [memoryview(staged)]
-        return [memoryview(self._bytes[t.name][slot, -t.nbytes :]) for t in self.layout.tensors]
+            return [staged.data]
+        return [self._bytes[t.name][slot, -t.nbytes :].data for t in self.layout.tensors]
 
-    def landed(self, slots: Sequence[int]) -> None:
-        """The records of `slots` have been read: makes them what the device computes with."""
+    def landed(self, slots: Iterable[int]) -> None:
+        """Makes the records that were read into the buffers of `slots` available to the device."""
+        numbers = [int(slot) for slot in slots]
         if not self.in_place:
-            if len(slots):
-                self._copy([int(slot) for slot in slots])
+            if numbers:
+                self._copy(numbers)
         elif self.widen:
             for tensor in self.layout.tensors:
                 if tensor.dtype in _WIDENED:
-                    for slot in slots:
+                    for slot in numbers:
                         _widen(self._bytes[tensor.name][slot], tensor)
 
-    def abandon(self, slots: Sequence[int]) -> None:
-        """The reads into `slots` failed; what the slots hold now is of no use."""
+    def abandon(self, slots: Iterable[int]) -> None:
+        """Discards the buffers of `slots`, whose reads failed; the slots' content is undefined afterwards."""
         for slot in slots:
             self._staged.pop(int(slot), None)
 
     def abandon_all(self) -> None:
-        """No read is under way any more, and none that ended since `landed` counts."""
+        """Discards all buffers. No read may be running."""
         self._staged.clear()
 
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copies slots (from, to); no slot is on both sides."""
+        """Copies slots (from, to); no slot may be on both sides."""
         if not moves:
             return
         sources, targets = (list(side) for side in zip(*moves))
@@ -131,13 +132,14 @@ class Banks:
                 mx.eval(bank)
 
     def resize(self, slots: int) -> None:
-        """Makes every bank `slots` long, keeping what lies in the slots that remain.
+        """Makes every bank `slots` long; slots that remain keep their content.
 
-        One bank after the other: the peak is all banks and a second copy of the largest.
+        Banks are replaced one by one, so the peak is all banks and a second copy of the largest. May be called again
+        after an error for want of memory.
         """
         for tensor in self.layout.tensors:
             old, old_bytes = self.arrays[tensor.name], self._bytes.get(tensor.name)
-            if old.shape[0] == slots:  # a try for which memory ran out came as far as this
+            if old.shape[0] == slots:  # resized by a call for which memory ran out later
                 continue
             rows = min(slots, old.shape[0])
             if old_bytes is not None:
@@ -170,7 +172,7 @@ class Banks:
 
 
 def _widen(row: np.ndarray, tensor: RecordTensor) -> None:
-    """The second half of a row's bytes, 16-bit floats, becomes float32 over the whole row."""
+    """Turns the second half of a row's bytes, 16-bit floats, into float32 over the whole row."""
     if tensor.dtype == "BF16":
         row.view(np.uint32)[:] = row[tensor.nbytes :].view(np.uint16).astype(np.uint32) << 16
     else:

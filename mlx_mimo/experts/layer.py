@@ -1,12 +1,13 @@
 """The experts of an MoE layer, computed through a pool or from banks that hold them all.
 
-Both stand where `layer.mlp.switch_mlp` stood and are called like mlx-lm's SwitchGLU: `(x, indices)` → one output for
-each token and chosen expert, in the router's order. Where an expert lay, and when it was read, changes no bit of it.
+Both replace `layer.mlp.switch_mlp` and are called like mlx-lm's SwitchGLU: `(x, indices)` → one output for each token
+and chosen expert, in the router's order. No bit of an output depends on where its expert lay or when it was read.
 """
 
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,21 +16,23 @@ import numpy as np
 from ..checkpoint.record import ExpertFile
 from ..errors import MimoError
 from .banks import Banks, host_bytes
-from .compute import Compute
+from .compute import Compute, Slots
 from .pool import Pool
-from .reader import ExpertReader
+from .reader import ExpertReader, ReadRequest
 from .residents import SORTED_PAIRS, Need
 
-ENOUGH_WAITING = 0.5  # share of the reading time in which computing hits holds nobody up; docs/RESIDENCY.md
+ENOUGH_WAITING = (
+    0.5  # share of reads' time spent waiting from which on computing hits first is faster; docs/RESIDENCY.md
+)
 
 
 @mx.custom_function
 def _constant(x: mx.array) -> mx.array:
-    """x, through which no derivative passes: by the time of a backward step a slot holds another expert."""
+    """x; taking a derivative through it raises MimoError: in the backward step a slot may hold another expert."""
     return x
 
 
-def _refuse(*_):
+def _refuse(*_: Any) -> None:
     raise MimoError(
         "experts that stream have no gradient; load the model with all experts resident (--expert-memory all)"
     )
@@ -37,7 +40,7 @@ def _refuse(*_):
 
 @mx.custom_function
 def _computed(y: mx.array, x: mx.array) -> mx.array:
-    """y, which the host computed from x: without this a derivative would pass by, and be zero."""
+    """y, computed on the host from x; taking a derivative raises MimoError, where without this it would be 0."""
     return y
 
 
@@ -47,41 +50,41 @@ for _function in (_constant, _computed):
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """Whose experts to guess during a layer's call."""
+class Lookahead:
+    """The next MoE layer, whose experts are guessed during a layer's call."""
 
-    layer: int  # the following MoE layer
+    layer: int
     pool: Pool
-    router: Callable  # its router: x → (indices, weights)
+    router: Callable[[mx.array], tuple[mx.array, mx.array]]  # x → (indices, weights)
 
 
 class StreamedSwitchGLU(nn.Module):
-    """Experts of layer `layer` through `pool`. `trace`, where set, is told each call's routing.
+    """The experts of layer `layer` through `pool`.
 
-    `split` computes hits while misses are read; None does so while reads keep their threads waiting for the disk.
-    `ahead`, where set, reads what the next layer will probably need. `before`, where set, is called before anything
-    else.
+    `hits_first` computes hits while misses are read; None does so only while reads wait for the disk. These may be set
+    afterwards: `ahead` reads what the next layer will probably need, `trace` is called with (layer, chosen experts) in
+    each call, and `before` is called at the beginning of each call.
     """
 
-    def __init__(self, layer: int, pool: Pool, compute: Compute, split: bool | None = False):
-        super().__init__()
+    def __init__(self, layer: int, pool: Pool, compute: Compute, hits_first: bool | None = False):
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layer = layer
         self.pool = pool
         self.compute = compute
-        self.split = split
-        self.ahead: Ahead | None = None
-        self.trace: Callable | None = None
-        self.before: Callable | None = None
+        self.hits_first = hits_first
+        self.ahead: Lookahead | None = None
+        self.trace: Callable[[int, np.ndarray], None] | None = None
+        self.before: Callable[[], None] | None = None
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x (..., hidden), indices (..., K) → (..., K, hidden)."""
         if self.before is not None:
             self.before()
-        if self.compute.takes_lazy:  # the kernels refuse by themselves
-            x = _constant(x)
+        if self.compute.takes_lazy:  # the kernels refuse derivatives themselves
+            x = cast(mx.array, _constant(x))
         *rows, hidden = x.shape
         top_k = indices.shape[-1]
-        guesses = self._guess(x, indices) if self.ahead is not None and indices.size < SORTED_PAIRS else None
+        guesses = self._guess(x, indices, self.ahead) if self.ahead and indices.size < SORTED_PAIRS else None
         chosen = np.array(indices).reshape(-1, top_k).astype(np.int32)  # (T, K); waits for the router
         x = x.reshape(-1, hidden)
         if self.trace is not None:
@@ -93,32 +96,34 @@ class StreamedSwitchGLU(nn.Module):
         else:
             y = self._prefill(x, chosen)
         if not self.compute.takes_lazy:
-            y = _computed(y, x)
+            y = cast(mx.array, _computed(y, x))
         return y.reshape(*rows, top_k, hidden)
 
     def _decode(self, x: mx.array, chosen: np.ndarray, guesses: np.ndarray | None) -> mx.array:
-        """x (T, hidden), chosen (T, K) → (T, K, hidden), in one piece wherever the slots suffice."""
-        parts = None
-        split = self.pool.reader.waiting > ENOUGH_WAITING if self.split is None else self.split
-        with closing(self.pool.serve(Need.of(self.layer, chosen), split, hold=guesses is not None)) as steps:
+        """x (T, hidden), chosen (T, K) → (T, K, hidden), computed in one piece where the slots suffice."""
+        parts: Parts | None = None
+        ahead = self.ahead if guesses is not None else None
+        hits_first = self.pool.reader.waiting > ENOUGH_WAITING if self.hits_first is None else self.hits_first
+        with closing(self.pool.serve(Need.of(self.layer, chosen), hits_first, hold=guesses is not None)) as steps:
             for step in steps:
-                if step.last and guesses is not None and not self.compute.takes_lazy:
-                    self.ahead.pool.guess(self.ahead.layer, guesses)  # read while the host computes
+                if step.last and ahead and guesses is not None and not self.compute.takes_lazy:
+                    ahead.pool.guess(ahead.layer, guesses)  # read while the host computes
                 if step.last and parts is None:
                     y = self.compute(x, self.pool.slots_of(self.layer, chosen), self.pool.arrays)
                 else:
                     parts = parts or self._parts(chosen)
                     parts.add(self._pairs(x, parts.select(step.experts), chosen), evaluate=not step.last)
-                    y = parts.joined() if step.last else None
+                    if step.last:
+                        y = parts.joined()
                 if step.last and self.compute.takes_lazy:
                     self.pool.lazily(y)
-                    if guesses is not None:
-                        mx.async_eval(y)
-                        self.ahead.pool.guess(self.ahead.layer, guesses)
+                    if ahead and guesses is not None:
+                        mx.async_eval(y)  # type: ignore[no-untyped-call]
+                        ahead.pool.guess(ahead.layer, guesses)
         return y
 
     def _prefill(self, x: mx.array, chosen: np.ndarray) -> mx.array:
-        """As `_decode`, expert-major: a wave's pairs at a time, sorted by expert."""
+        """x (T, hidden), chosen (T, K) → (T, K, hidden), a wave's pairs at a time, sorted by expert."""
         parts = self._parts(chosen)
         with closing(self.pool.serve(Need.of(self.layer, chosen))) as steps:
             for step in steps:
@@ -132,16 +137,16 @@ class StreamedSwitchGLU(nn.Module):
         return Parts(chosen, on_host=not self.compute.takes_lazy)
 
     def _pairs(self, x: mx.array, pairs: np.ndarray, chosen: np.ndarray) -> mx.array:
-        """Outputs (P, hidden) of the given pairs, which are numbered token * K + k and sorted by expert."""
+        """The outputs (P, hidden) of `pairs`, numbers token * K + k sorted by expert."""
         slots = self.pool.slots_of(self.layer, chosen.reshape(-1)[pairs])
         if chosen.shape[0] == 1:
             return self.compute(x, slots[None], self.pool.arrays)[0]
         rows = x[mx.array(pairs // chosen.shape[1])]
         return self.compute(rows, slots[:, None], self.pool.arrays, grouped=True)[:, 0]
 
-    def _guess(self, x: mx.array, indices: mx.array) -> np.ndarray:
-        """Experts that the next layer's router would choose for this layer's input; evaluates `indices` with it."""
-        guesses = self.ahead.router(x)[0]
+    def _guess(self, x: mx.array, indices: mx.array, ahead: Lookahead) -> np.ndarray:
+        """The experts that the next layer's router chooses for this layer's input. Evaluates `indices` too."""
+        guesses = ahead.router(x)[0]
         mx.eval(indices, guesses)
         return np.unique(np.array(guesses)).astype(np.int32)
 
@@ -149,8 +154,8 @@ class StreamedSwitchGLU(nn.Module):
 class Parts:
     """The outputs of a call's pairs, computed a few experts at a time.
 
-    `on_host` puts each output into its place at once, for kernels that computed it there: joined on the device, all
-    outputs would be in memory three times.
+    With `on_host`, each output is copied to its place at once, for kernels that computed it on the host: joined on the
+    device, all outputs would be in memory three times.
     """
 
     def __init__(self, chosen: np.ndarray, on_host: bool = False):
@@ -164,7 +169,7 @@ class Parts:
         self._outputs: list[mx.array] = []
 
     def select(self, experts: np.ndarray) -> np.ndarray:
-        """The pairs of `experts`, expert after expert, an expert's in token order."""
+        """The pairs of `experts`, sorted by expert and then by token. The caller must `add` their outputs next."""
         experts = np.sort(experts)
         begins, ends = np.searchsorted(self._sorted, experts), np.searchsorted(self._sorted, experts, side="right")
         pairs = np.concatenate([self._order[a:b] for a, b in zip(begins, ends)])
@@ -172,7 +177,7 @@ class Parts:
         return pairs
 
     def add(self, output: mx.array, evaluate: bool) -> None:
-        """`output` (P, hidden) of the pairs selected last."""
+        """Takes `output` (P, hidden), of the pairs selected last."""
         if self._on_host:
             if self._joined is None:
                 self._joined = mx.zeros((self._experts.size, output.shape[-1]), dtype=output.dtype)
@@ -192,39 +197,39 @@ class Parts:
 
 
 class ResidentSwitchGLU(nn.Module):
-    """All experts of a layer in banks of their own, expert e in slot e: nothing waits for the router."""
+    """All experts of a layer in banks of their own, expert e in slot e, so that no call waits for the router.
+
+    Reads them all when it is made. Raises MimoError for a record that cannot be read.
+    """
 
     def __init__(self, file: ExpertFile, reader: ExpertReader, compute: Compute, in_place: bool | None = None):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layer = file.layer
         self.compute = compute
-        self.trace = None
+        self.trace: Callable[[int, np.ndarray], None] | None = None
         self.banks = Banks(file.layout, file.num_experts, compute.widen, in_place)
         for start in range(0, file.num_experts, 32):
             slots = range(start, min(start + 32, file.num_experts))
-            reader.read([(file.layer, slot, self.banks.buffers(slot)) for slot in slots])
+            reader.read([ReadRequest(file.layer, slot, self.banks.buffers(slot)) for slot in slots])
             self.banks.landed(slots)
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x (..., hidden), indices (..., K) → (..., K, hidden)."""
         *rows, hidden = x.shape
         top_k = indices.shape[-1]
-        x, slots = x.reshape(-1, hidden), indices.reshape(-1, top_k)
+        x = x.reshape(-1, hidden)
+        slots: Slots = indices.reshape(-1, top_k)
         if self.trace is not None or not self.compute.takes_lazy:
-            slots = np.array(slots).astype(np.int32)
+            slots = chosen = np.array(slots).astype(np.int32)
             if self.trace is not None:
-                self.trace(self.layer, slots)
+                self.trace(self.layer, chosen)
         if indices.size < SORTED_PAIRS:
             y = self.compute(x, slots, self.banks.arrays)
         elif isinstance(slots, np.ndarray):
             parts = Parts(slots)
             pairs = parts.select(np.unique(slots))
-            parts.add(
-                self.compute(x[mx.array(pairs // top_k)], slots.reshape(-1, 1)[pairs], self.banks.arrays, grouped=True)[
-                    :, 0
-                ],
-                evaluate=False,
-            )
+            y = self.compute(x[mx.array(pairs // top_k)], slots.reshape(-1, 1)[pairs], self.banks.arrays, grouped=True)
+            parts.add(y[:, 0], evaluate=False)
             y = parts.joined()
         else:
             order = mx.argsort(slots.reshape(-1))

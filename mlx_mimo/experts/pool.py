@@ -1,11 +1,11 @@
-"""The cache manager: experts of several layers in the slots of one memory, read when they are missing.
+"""A cache of experts: those of several layers share the slots of one memory and are read when they are missing.
 
-`Residents` says what to read, evict and compute; a pool does it with banks and a reader. Calls come from one thread,
-the one that runs the model.
+`Residents` decides what to read, evict and compute; a pool does it with banks and a reader. Only the thread that runs
+the model may call it.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -15,15 +15,15 @@ from ..checkpoint.record import ExpertFile, RecordLayout
 from ..errors import MimoError
 from .banks import Banks
 from .policy import DEFAULT_HALF_LIFE_TOKENS, make_policy
-from .reader import Batch, ExpertReader, Request
-from .residents import Compute, Need, Read, Residents
+from .reader import ExpertReader, ReadBatch, ReadRequest
+from .residents import ComputeStep, Need, ReadStep, Residents
 
-PRELOAD_EXPERTS = 32  # read between two looks at the progress callback
+PRELOAD_EXPERTS = 32  # read between two calls of `progress`
 
 
 @dataclass
 class Counters:
-    """What residency did so far. An access is one expert that one call of one layer needs, by however many tokens."""
+    """What residency did so far. An access is one expert that one call of one layer needs, for any number of tokens."""
 
     policy: str = "lfu"
     slots: int = 0
@@ -33,8 +33,8 @@ class Counters:
     evictions: int = 0
     bytes_read: int = 0
     read_seconds: float = 0.0  # wall time during which at least one read was running
-    preloaded: int = 0  # experts read on behalf of a profile
-    lookahead_reads: int = 0  # experts read on a guess; each used one counts as a hit when it is needed
+    preloaded: int = 0  # experts read because a profile named them
+    lookahead_reads: int = 0  # experts read on a guess; one that is used counts as a hit
     lookahead_used: int = 0
 
     @property
@@ -46,13 +46,13 @@ class Counters:
 
 @dataclass
 class _Reading:
-    """Records of one layer on their way into slots; `guess` is the expert's number where it is one."""
+    """Records of one layer that are being read into slots."""
 
     layer: int
     slots: np.ndarray
-    batch: Batch
-    guess: int = -1
-    settling: bool = field(default=False)
+    batch: ReadBatch
+    guess: int = -1  # the expert's number, where it is read on a guess
+    settling: bool = field(default=False)  # whether `_settle` has begun to take the result over
 
 
 class Pool:
@@ -81,7 +81,7 @@ class Pool:
         self._reading: deque[_Reading] = deque()  # of the call that is served
         self._guesses: list[_Reading] = []
         self._guessed: dict[int, set[int]] = {}  # by layer: experts read on a guess and not asked for since
-        self._open = self._guessing = False  # while slots may be promised whose reads nobody has taken over
+        self._open = self._guessing = False  # True while an interrupt may leave slots whose reads are not accounted for
 
     @property
     def slots(self) -> int:
@@ -93,27 +93,29 @@ class Pool:
         return self.banks.arrays
 
     def slots_of(self, layer: int, experts: np.ndarray) -> np.ndarray:
-        """Slots of resident experts, in the shape of `experts`."""
-        return self.residents.slot_of[experts + self.residents.base[layer]]
+        """The slots of `experts`, in their shape; -1 for one that is not resident."""
+        slots: np.ndarray = self.residents.slot_of[experts + self.residents.base[layer]]
+        return slots
 
-    def serve(self, need: Need, split: bool = False, hold: bool = False) -> Iterator[Compute]:
-        """Brings the experts of a call into slots and yields what can be computed now; see Residents.schedule.
+    def serve(self, need: Need, hits_first: bool = False, hold: bool = False) -> Generator[ComputeStep, None, None]:
+        """Brings the experts of a call into slots, and yields each step that can be computed; see Residents.schedule.
 
-        Unless a step is the `last`, its outputs must have been evaluated before the next is asked for: its slots may
-        be written then. Close the iterator whatever happens (contextlib.closing). Raises MimoError when a record
-        cannot be read; residents and counters are then as if its read had not been tried.
+        Before asking for the next step the caller must evaluate this step's outputs, since its slots may be written
+        then; the `last` step's may stay lazy (see `lazily`). The caller must close the generator whatever happens
+        (contextlib.closing). Raises MimoError when a record cannot be read; residents and counters are then as if its
+        read had not been tried.
         """
-        self._evaluate()  # done long since in a model's run: the router that asks now has seen it
+        self._evaluate()  # costs nothing in a model's run: the router's input was computed from these outputs
         self._begin()
         self._settle_guesses(need)
         if self._guessed:
             self._count_guesses(need.layer, need.experts)
-        steps = self.residents.schedule(need, split, hold)
+        steps = self.residents.schedule(need, hits_first, hold)
         reading = self._reading
-        known = False  # where everything is, whether or not it went well
+        known = False  # whether every read is accounted for; an interrupt leaves it False
         try:
             for step in steps:
-                if isinstance(step, Read):
+                if isinstance(step, ReadStep):
                     reading.append(self._read(need.layer, step.experts, step.slots))
                     continue
                 for _ in range(step.reads):
@@ -134,13 +136,13 @@ class Pool:
             self._open = False
 
     def lazily(self, output: mx.array) -> None:
-        """`output` may still have to read slots: it is evaluated before a slot is written or another call served."""
+        """Registers an output that is not evaluated yet: it will be before a slot is written or another call served."""
         self._lazy.append(output)
 
     def guess(self, layer: int, experts: np.ndarray) -> None:
-        """Reads guessed experts of a layer ahead, only while the reader is idle, evicting only what is worth less.
+        """Starts reading guessed experts of a layer, unless reads are running; evicts only experts of lower score.
 
-        Outputs that are computed meanwhile must hold their slots (`serve` with `hold`).
+        A caller that computes meanwhile must have called `serve` with `hold`.
         """
         if not self.reader.idle or self._guesses:
             return
@@ -155,9 +157,9 @@ class Pool:
         self._guessing = False
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Fills free slots with the experts of highest score; returns how many were read.
+        """Reads the experts of highest score into free slots; returns how many were read.
 
-        `progress(done, wanted)` is called after each batch; a KeyboardInterrupt ends the preloading, not the program.
+        Calls `progress(done, wanted)` after each batch. A KeyboardInterrupt ends the preloading and is not raised.
         """
         table = self.residents
         absent = np.flatnonzero((table.slot_of < 0) & (table.uses > 0))
@@ -173,7 +175,7 @@ class Pool:
                 if progress:
                     progress(done, wanted.size)
         except KeyboardInterrupt:
-            pass  # what is loaded stays; the rest comes when it is needed
+            pass  # experts read so far stay; the others are read when they are needed
         return done
 
     def _fill(self, keys: np.ndarray) -> None:
@@ -196,14 +198,17 @@ class Pool:
         self._open = False
 
     def resize(self, slots: int) -> None:
-        """Another number of slots, between calls; those worth most stay. See Banks.resize for the peak."""
+        """Changes the number of slots, between calls; experts of highest score stay.
+
+        The peak of memory is all slots and a second copy of the largest bank. An error for want of memory leaves the
+        pool usable, and the caller may try again.
+        """
         if slots == self.slots == self.banks.slots:
             return
         self._mend()
         self._settle_guesses()
         self._evaluate()
-        # An allocation that fails leaves some banks longer than the table, never shorter: the pool stays right, and
-        # the same call may be tried again.
+        # An allocation that fails leaves some banks longer than the table, never shorter, so every slot stays valid.
         if slots <= self.slots:
             self.banks.move(self.residents.resize(slots))
             self.banks.resize(slots)
@@ -216,7 +221,7 @@ class Pool:
         self._open = True
 
     def _mend(self) -> None:
-        """Puts in order what an interrupt left of the call before, wherever it struck."""
+        """Makes the pool consistent after an interrupt, wherever it struck: unaccounted slots become empty."""
         if self._open or self._guessing:
             self.reader.drain()
             for reading in self._reading:
@@ -233,15 +238,18 @@ class Pool:
         requests = [self._request(layer, int(e), int(s)) for e, s in zip(experts, slots)]
         return _Reading(layer, slots, self.reader.submit(requests))
 
-    def _request(self, layer: int, expert: int, slot: int) -> Request:
-        return Request(layer, expert, self.banks.buffers(slot))
+    def _request(self, layer: int, expert: int, slot: int) -> ReadRequest:
+        return ReadRequest(layer, expert, self.banks.buffers(slot))
 
     def _settle(self, reading: _Reading, quiet: bool = False, read: bool = True) -> None:
-        """Waits for the reads; what failed leaves the table. Raises the first error unless `quiet`."""
+        """Waits for the reads and drops those that failed. Raises the first error unless `quiet`.
+
+        `read` says whether these reads were counted as misses.
+        """
         errors = reading.batch.wait()
         if reading.slots.size == 0:
             return
-        if reading.settling:  # an interrupt came in the middle of this: trust none of it
+        if reading.settling:  # an interrupt came in the middle of this: none of the slots can be trusted
             good, bad = reading.slots[:0], reading.slots
         else:
             failed = np.array([error is not None for error in errors])
@@ -257,12 +265,12 @@ class Pool:
             raise first
 
     def _settle_guesses(self, need: Need | None = None) -> None:
-        """Waits for the guesses that `need` wants, or for all where it may want their slots; others read on."""
-        some = need is not None and need.together and need.experts.size + len(self._guesses) <= self.slots
+        """Waits for guesses of experts in `need`, or for all guesses where the call may need their slots."""
+        some = need if need and need.together and need.experts.size + len(self._guesses) <= self.slots else None
         left = []
         while self._guesses:
             reading = self._guesses[0]
-            if some and not reading.batch.done and (reading.layer != need.layer or reading.guess not in need.experts):
+            if some and not reading.batch.done and (reading.layer != some.layer or reading.guess not in some.experts):
                 left.append(reading)
             else:
                 slots = reading.slots
@@ -284,7 +292,7 @@ class Pool:
 
 
 def _common(files: dict[int, ExpertFile]) -> tuple[RecordLayout, int]:
-    """The layout and number of experts that all files share."""
+    """The layout and number of experts that all files share; raises ValueError where they differ."""
     if not files:
         raise ValueError("a pool for no layer")
     first = next(iter(files.values()))
@@ -295,15 +303,15 @@ def _common(files: dict[int, ExpertFile]) -> tuple[RecordLayout, int]:
 
 
 def group_by_shape(files: dict[int, ExpertFile]) -> list[dict[int, ExpertFile]]:
-    """The files that can share a pool, each group in layer order."""
-    groups: dict[tuple, dict[int, ExpertFile]] = {}
+    """Groups of files that can share a pool, each in layer order."""
+    groups: dict[tuple[RecordLayout, int], dict[int, ExpertFile]] = {}
     for layer, file in sorted(files.items()):
         groups.setdefault((file.layout, file.num_experts), {})[layer] = file
     return list(groups.values())
 
 
 def divide(budget_bytes: int, slot_bytes: Sequence[int], experts: Sequence[int]) -> list[int]:
-    """Slots for each pool: the budget in proportion to the bytes of all its experts, one slot at least, all at most."""
+    """The slots of each pool: the budget divided in proportion to the bytes of all its experts, one slot at least."""
     totals = [size * count for size, count in zip(slot_bytes, experts)]
     if budget_bytes >= sum(totals):
         return list(experts)

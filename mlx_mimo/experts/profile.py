@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -31,7 +32,10 @@ class Profile:
 
 
 def fingerprint(files: dict[int, ExpertFile]) -> str:
-    """Tells models apart: shapes, and the first bytes of each layer's first record."""
+    """A hash that differs between models: of shapes, and of the first bytes of each layer's first record.
+
+    Raises MimoError for a file that cannot be read.
+    """
     digest = hashlib.sha256()
     for layer, file in sorted(files.items()):
         shapes = [(t.name, t.dtype, t.shape) for t in file.layout.tensors]
@@ -45,8 +49,8 @@ def fingerprint(files: dict[int, ExpertFile]) -> str:
     return digest.hexdigest()[:32]
 
 
-def save_profile(path: str | os.PathLike, profile: Profile) -> None:
-    """Writes a profile; a crash leaves the former one."""
+def save_profile(path: str | os.PathLike[str], profile: Profile) -> None:
+    """Writes a profile, in one step: a crash leaves the file as it was. Raises MimoError where it cannot be written."""
     path = Path(path)
     fields = {
         "format": FORMAT,
@@ -63,8 +67,8 @@ def save_profile(path: str | os.PathLike, profile: Profile) -> None:
         raise MimoError(f"{path}: profile cannot be written: {error.strerror or error}") from error
 
 
-def load_profile(path: str | os.PathLike, model: str, files: dict[int, ExpertFile]) -> Profile:
-    """A profile made with this model. Raises MimoError, beginning with the file's name, for any other."""
+def load_profile(path: str | os.PathLike[str], model: str, files: dict[int, ExpertFile]) -> Profile:
+    """Reads a profile made with this model. Raises MimoError, beginning with the file's name, for anything else."""
     path = Path(path)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -90,6 +94,7 @@ def load_profile(path: str | os.PathLike, model: str, files: dict[int, ExpertFil
     return Profile(model, float(tokens), counts)
 
 
-def _is_count(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 <= value < 2**53
+def _is_count(value: object) -> TypeGuard[int | float]:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and 0 <= value < 2**53

@@ -1,7 +1,7 @@
-"""Bounded parallel positional reads of expert records into given buffers.
+"""Parallel positional reads of expert records into given buffers, by a bounded number of threads.
 
 One record is one contiguous range of its layer's file; `preadv` scatters it over the tensors of a slot in one system
-call. Threads here handle bytes only: which expert is wanted, and where it goes, is decided elsewhere.
+call. The caller decides which expert is read, and where to.
 """
 
 import os
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from ..checkpoint.record import ExpertFile
 from ..errors import MimoError
 
-INLINE_BYTES = 256 * 1024  # less than this is read by the caller: waking a thread costs more than the read
+INLINE_BYTES = 256 * 1024  # smaller batches are read by the calling thread: waking another costs more than the read
 MEMORY = 1 / 8  # weight of the latest batch in `ExpertReader.waiting`
 
 
 @dataclass(frozen=True)
-class Request:
-    """Read expert `expert` of layer `layer` into `buffers`, which together hold one record."""
+class ReadRequest:
+    """Expert `expert` of layer `layer`, to be read into `buffers`, which together hold one record."""
 
     layer: int
     expert: int
@@ -32,13 +32,13 @@ class Request:
         return sum(buffer.nbytes for buffer in self.buffers)
 
 
-class Batch:
-    """Requests under way. `wait` returns when none of them touches a buffer any more.
+class ReadBatch:
+    """Reads that have been started. Until `wait` returns, their buffers may be written.
 
-    `ended`, where given, is told once how many seconds the batch took, and how many of the processor.
+    `ended`, where given, is called once with the seconds that the batch took, and with its seconds of processor time.
     """
 
-    def __init__(self, requests: Sequence[Request], ended: Callable[[float, float], None] | None = None):
+    def __init__(self, requests: Sequence[ReadRequest], ended: Callable[[float, float], None] | None = None):
         self.requests = requests
         self.errors: list[MimoError | None] = [None] * len(requests)
         self._ended = ended
@@ -55,7 +55,7 @@ class Batch:
         return self._done.is_set()
 
     def wait(self) -> list[MimoError | None]:
-        """Blocks until every request is read or has failed: one error or None for each, in order."""
+        """Blocks until every request has been read or has failed; returns an error or None for each, in order."""
         self._done.wait()
         return self.errors
 
@@ -75,11 +75,18 @@ class ExpertReader:
     """Reads records of the given files, at most `threads` at a time.
 
     The files stay open until `close`. `bytes_read`, `calls` (system calls that returned data) and `seconds` (wall time
-    during which at least one read was running) only grow. `waiting` says what share of the latest batches' time their
-    readers waited for the disk, 0 to 1: the processor is free for as long. `preadv` can be replaced to inject faults.
+    during which at least one read was running) only grow. `waiting`, 0 to 1, is the share of the latest batches' time
+    in which their threads waited for the disk and left the processor free. Tests replace `preadv` to inject faults.
+
+    Raises MimoError for a file that cannot be opened or is too short.
     """
 
-    def __init__(self, files: dict[int, ExpertFile], threads: int = 8, preadv: Callable = os.preadv):
+    def __init__(
+        self,
+        files: dict[int, ExpertFile],
+        threads: int = 8,
+        preadv: Callable[[int, Sequence[memoryview], int], int] = os.preadv,
+    ):
         if threads < 1:
             raise ValueError(f"{threads} reader threads, at least one expected")
         self.files = files
@@ -92,7 +99,7 @@ class ExpertReader:
         self._seconds = 0.0
         self._running = 0
         self._since = 0.0
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[ReadBatch, int] | threading.Barrier | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
         self._fds: dict[int, int] = {}
         try:
@@ -102,28 +109,30 @@ class ExpertReader:
             self.close()
             raise
 
-    def read(self, requests: Iterable[Request | tuple]) -> None:
-        """Reads all of `requests` and returns; raises the first error after every request has come to an end."""
+    def read(self, requests: Iterable[ReadRequest]) -> None:
+        """Reads all of `requests`; raises the first MimoError once every request has been read or has failed."""
         for error in self.submit(requests).wait():
             if error is not None:
                 raise error
 
-    def submit(self, requests: Iterable[Request | tuple], background: bool = False) -> Batch:
-        """Starts the reads, largest first, and returns at once; small batches are read here and now, unless they are
-        meant for the `background`."""
-        requests = [r if isinstance(r, Request) else Request(*r) for r in requests]
+    def submit(self, requests: Iterable[ReadRequest], background: bool = False) -> ReadBatch:
+        """Starts the reads, largest first, and returns at once.
+
+        A small batch is read by the calling thread before this returns, unless it is for the `background`.
+        """
+        requests = list(requests)
         sizes = [request.nbytes for request in requests]
         order = sorted(range(len(requests)), key=sizes.__getitem__, reverse=True)
         if sum(sizes) < INLINE_BYTES and not background:
-            batch = Batch(requests)
+            batch = ReadBatch(requests)
             for index in order:
                 interrupt = self._serve(batch, index)
                 if interrupt is not None:
                     raise interrupt
-            self.waiting -= self.waiting * MEMORY  # the caller was kept busy
+            self.waiting -= self.waiting * MEMORY  # this thread was busy throughout
             return batch
         lanes = min(self.threads, len(requests), os.cpu_count() or 1)
-        batch = Batch(requests, lambda seconds, busy: self._note_waiting(1.0 - busy / (seconds * lanes)))
+        batch = ReadBatch(requests, lambda seconds, busy: self._note_waiting(1.0 - busy / (seconds * lanes)))
         self._start_workers(len(requests))
         for index in order:
             self._queue.put((batch, index))
@@ -136,7 +145,7 @@ class ExpertReader:
             return self._seconds + running
 
     def drain(self) -> None:
-        """Blocks until everything submitted has been read or has failed, batches that were lost included."""
+        """Blocks until everything submitted has been read or has failed, also batches that no caller holds any more."""
         readers = self._alive()
         meeting = threading.Barrier(len(readers) + 1)
         for _ in readers:
@@ -144,7 +153,7 @@ class ExpertReader:
         try:
             meeting.wait()
         except BaseException:
-            meeting.abort()  # or the readers would wait for whom an interrupt took away
+            meeting.abort()  # otherwise the threads would wait for this one, which was interrupted
             raise
 
     @property
@@ -152,7 +161,7 @@ class ExpertReader:
         return self._running == 0 and self._queue.empty()
 
     def close(self) -> None:
-        """Ends the threads after what is queued, then closes the files."""
+        """Ends the threads once they have read what is queued, then closes the files."""
         readers = self._alive()
         for _ in readers:
             self._queue.put(None)
@@ -167,7 +176,7 @@ class ExpertReader:
             self.waiting += (min(1.0, max(0.0, share)) - self.waiting) * MEMORY
 
     def _alive(self) -> list[threading.Thread]:
-        """The threads, without one that could not be started."""
+        """The threads that were started."""
         return [worker for worker in self._workers if worker.is_alive()]
 
     def _start_workers(self, wanted: int) -> None:
@@ -175,7 +184,7 @@ class ExpertReader:
             self._workers = self._alive()
         while len(self._workers) < min(self.threads, wanted):
             worker = threading.Thread(target=self._work, name=f"expert-reader-{len(self._workers)}", daemon=True)
-            self._workers.append(worker)  # before it runs: a thread that is on no list would never be ended
+            self._workers.append(worker)  # before it starts: `close` could not end a thread that is not in the list
             worker.start()
 
     def _work(self) -> None:
@@ -186,8 +195,8 @@ class ExpertReader:
             else:
                 self._serve(*task)
 
-    def _serve(self, batch: Batch, index: int) -> BaseException | None:
-        """Ends one request, in a reader's thread or the caller's; returns an interrupt that came meanwhile."""
+    def _serve(self, batch: ReadBatch, index: int) -> BaseException | None:
+        """Reads one request and finishes it, in any thread; returns an interrupt that came meanwhile."""
         error: MimoError | None = None
         interrupt: BaseException | None = None
         busy = time.thread_time()
@@ -199,7 +208,7 @@ class ExpertReader:
             self._read_record(batch.requests[index])
         except MimoError as known:
             error = known
-        except BaseException as unknown:  # a thread must not die and leave its caller waiting
+        except BaseException as unknown:  # a thread must not end and leave the caller waiting
             request = batch.requests[index]
             error = MimoError(self._where(request) + f"cannot be read: {unknown!r}")
             error.__cause__ = unknown
@@ -212,12 +221,12 @@ class ExpertReader:
             batch._finish(index, error, time.thread_time() - busy)
         return interrupt
 
-    def _where(self, request: Request) -> str:
+    def _where(self, request: ReadRequest) -> str:
         file = self.files.get(request.layer)
         name = file.path.name if file else "no file"
         return f"{name}: layer {request.layer} expert {request.expert} "
 
-    def _read_record(self, request: Request) -> None:
+    def _read_record(self, request: ReadRequest) -> None:
         file, fd = self.files[request.layer], self._fds.get(request.layer)
         if fd is None:
             raise MimoError(self._where(request) + "wanted after the reader was closed")
@@ -264,7 +273,7 @@ def _open(file: ExpertFile) -> int:
 
 
 def _after(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """What is left of flat byte views once `count` bytes have been filled."""
+    """The views, or parts of them, that remain to be filled after their first `count` bytes."""
     left = []
     for view in views:
         if count >= view.nbytes:

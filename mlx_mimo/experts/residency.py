@@ -1,4 +1,4 @@
-"""Puts expert residency into a loaded model: `attach` replaces the experts, `Residency` looks after them."""
+"""Expert residency for a loaded model: `attach` replaces its experts and returns a `Residency`."""
 
 import os
 import threading
@@ -14,11 +14,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint.directory import Directory
-from ..checkpoint.record import ExpertFile
+from ..checkpoint.record import ExpertFile, RecordLayout
 from ..errors import FormatError, MimoError
 from .banks import host_writable, most_slots, slot_bytes
 from .compute import ComputeFor, MLXCompute
-from .layer import Ahead, ResidentSwitchGLU, StreamedSwitchGLU
+from .layer import Lookahead, ResidentSwitchGLU, StreamedSwitchGLU
 from .policy import DEFAULT_HALF_LIFE_TOKENS
 from .pool import Counters, Pool, divide, group_by_shape
 from .profile import Profile, fingerprint, load_profile, save_profile
@@ -27,12 +27,12 @@ from .trace import TraceWriter
 
 
 class ResidencyWarning(UserWarning):
-    """Something that costs speed, not correctness: few slots, a profile that could not be used."""
+    """A condition that costs speed but no correctness: few slots, a profile that could not be used."""
 
 
 def attach(
     model: nn.Module,
-    directory: Directory | str | os.PathLike,
+    directory: Directory | str | os.PathLike[str],
     *,
     expert_memory_bytes: int | None = None,
     slots: int | None = None,
@@ -40,19 +40,20 @@ def attach(
     half_life_tokens: float = DEFAULT_HALF_LIFE_TOKENS,
     reader_threads: int = 8,
     lookahead: bool = False,
-    split: bool | None = None,
+    hits_first: bool | None = None,
     in_place: bool | None = None,
     compute_for: ComputeFor = MLXCompute,
 ) -> "Residency":
     """Gives every MoE layer of `model` its experts from the expert files in `directory`.
 
-    `expert_memory_bytes` is what all slots together may take, `slots` their number instead; with neither, or with
-    enough for all, every expert is read now and stays. `split` computes hits while misses are read; None decides: on a
-    GPU never, since computing in two pieces costs a wait for the device, and elsewhere while reads wait for the disk.
-    `lookahead` reads ahead what the next layer's router would choose, `in_place` overrides the check whether the host
-    can write into the device's arrays, `compute_for` chooses how the experts of a layout are computed.
+    `expert_memory_bytes` bounds the memory of all slots together, or `slots` their number; with neither, or with enough
+    for all, every expert is read now and stays. `hits_first` computes hits while misses are read; None does so on the
+    CPU while reads wait for the disk, and never on a GPU, where computing in two pieces costs a wait for the device.
+    `lookahead` reads ahead what the next layer's router would choose. `in_place` overrides the check whether the host
+    can write into the device's arrays. `compute_for` chooses how the experts of a layout are computed.
 
-    Raises FormatError when files and model do not belong together.
+    The caller must `close` the result. Raises FormatError when files and model do not belong together, MimoError when a
+    file cannot be read.
     """
     directory = Directory.of(directory)
     files = directory.expert_files
@@ -67,8 +68,8 @@ def attach(
     if slots is not None:
         expert_memory_bytes = total if slots >= sum(experts) else slots * total // sum(experts)
     in_place = host_writable() if in_place is None else in_place
-    if split is None and mx.default_device() != mx.Device(mx.cpu):
-        split = False
+    if hits_first is None and mx.default_device() != mx.Device(mx.cpu):
+        hits_first = False
     reader = ExpertReader(files, reader_threads)
     modules: dict[int, nn.Module] = {}
     pools: list[Pool] = []
@@ -84,7 +85,7 @@ def attach(
                 share = min(share, most or share)
                 pool = Pool(group, share, reader, policy, half_life_tokens, compute.widen, in_place)
                 pools.append(pool)
-                modules.update({layer: StreamedSwitchGLU(layer, pool, compute, split) for layer in group})
+                modules.update({layer: StreamedSwitchGLU(layer, pool, compute, hits_first) for layer in group})
     except BaseException:
         reader.close()
         raise
@@ -101,7 +102,7 @@ def attach(
 
 
 class Residency:
-    """The experts of one loaded model. Methods are for the thread that runs it, except `request_resize`."""
+    """The experts of one loaded model. Only the thread that runs the model may call it, except `request_resize`."""
 
     def __init__(
         self,
@@ -133,7 +134,7 @@ class Residency:
 
     @property
     def counters(self) -> Counters:
-        """A snapshot of all pools together. `slot_bytes` is the mean where record shapes differ."""
+        """A copy of the counters of all pools together. `slot_bytes` is the mean where record shapes differ."""
         total = Counters(self.policy, bytes_read=self.reader.bytes_read, read_seconds=self.reader.seconds)
         if self.all_resident:
             slots = sum(file.num_experts for file in self.files.values())
@@ -150,11 +151,11 @@ class Residency:
 
     @property
     def demand_slots(self) -> int:
-        """Slots that one token needs, all layers together."""
+        """The slots that one token needs, in all layers together."""
         return len(self.files) * self.top_k
 
     def warn_if_short(self) -> None:
-        """Says once what memory would help where the slots hold less than one token's experts."""
+        """Warns where the slots hold less than one token's experts, and names the memory that would hold them."""
         counters = self.counters
         if counters.slots < self.demand_slots:
             need = self.demand_slots * counters.slot_bytes
@@ -166,19 +167,25 @@ class Residency:
                 stacklevel=3,
             )
 
-    def look_ahead(self, routers: dict[int, Callable]) -> None:
+    def look_ahead(self, routers: dict[int, Callable[[mx.array], tuple[mx.array, mx.array]]]) -> None:
         """Turns look-ahead on; `routers` maps each MoE layer to its router."""
         layers = list(self.modules)
         for layer, following in pairwise(layers):
-            self.modules[layer].ahead = Ahead(following, self.modules[following].pool, routers[following])
+            self.modules[layer].ahead = Lookahead(following, self.modules[following].pool, routers[following])
 
     def resize(self, expert_memory_bytes: int | None = None, slots: int | None = None) -> None:
-        """Another budget, between tokens. What is worth most stays; the peak is a second copy of the largest bank."""
+        """Changes the budget, between tokens: to a number of bytes, or of slots. Experts of highest score stay.
+
+        The peak of memory is all slots and a second copy of the largest bank. Raises MimoError where all experts are
+        resident; MemoryError or RuntimeError, as MLX does, where memory cannot be had, and the budget stays.
+        """
         self._check_resizable()
         short = self.counters.slots < self.demand_slots
         sizes = [pool.banks.slot_bytes for pool in self.pools]
         experts = [len(pool.files) * pool.num_experts for pool in self.pools]
         if expert_memory_bytes is None:
+            if slots is None:
+                raise ValueError("a number of bytes or of slots expected")
             expert_memory_bytes = slots * sum(s * n for s, n in zip(sizes, experts)) // sum(experts)
         shares = divide(expert_memory_bytes, sizes, experts)
         if slots is not None and len(self.pools) == 1:
@@ -186,7 +193,7 @@ class Residency:
         shrinking = sorted(zip(self.pools, shares), key=lambda row: row[1] - row[0].slots)
         for pool, share in shrinking:
             pool.resize(min(share, most_slots(pool.layout, pool.banks.widen) or share))
-        mx.clear_cache()  # what MLX keeps of freed memory is no use to others
+        mx.clear_cache()  # gives memory that MLX keeps back to the system
         if not short:
             self.warn_if_short()
 
@@ -195,13 +202,13 @@ class Residency:
             raise MimoError("all experts are resident and stay so; load the model with --expert-memory to resize")
 
     def request_resize(self, expert_memory_bytes: int) -> None:
-        """As `resize`, from any thread: done before the next token."""
+        """Asks for a `resize` before the next token; may be called from any thread. Raises MimoError as `resize`."""
         self._check_resizable()
         with self._lock:
             self._wanted_bytes = expert_memory_bytes
 
     def apply_resize(self) -> None:
-        """Does what `request_resize` asked for, if anything; called before each token. Without memory for it, warns."""
+        """Does what `request_resize` asked for; called before each token. Warns where memory cannot be had."""
         if self._wanted_bytes is None:
             return
         with self._lock:
@@ -215,10 +222,11 @@ class Residency:
 
     @cached_property
     def fingerprint(self) -> str:
+        """The model's, as in profiles and traces."""
         return fingerprint(self.files)
 
-    def save_profile(self, path: str | os.PathLike) -> None:
-        """Writes how often each expert was used, a loaded profile included."""
+    def save_profile(self, path: str | os.PathLike[str]) -> None:
+        """Writes how often each expert was used, in a loaded profile too; warns where all are resident."""
         if self.all_resident:
             warnings.warn(f"{path}: no profile is written: every expert is resident", ResidencyWarning, stacklevel=2)
             return
@@ -228,11 +236,11 @@ class Residency:
                 uses[layer] = pool.residents.uses[base : base + pool.num_experts]
         save_profile(path, Profile(self.fingerprint, self.pools[0].residents.tokens, dict(sorted(uses.items()))))
 
-    def load_profile(self, path: str | os.PathLike, progress: Callable[[int, int], None] | None = None) -> int:
-        """Starts from a profile: reads its most used experts, as many as fit. Returns how many were read.
+    def load_profile(self, path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> int:
+        """Reads the most used experts of a profile, as many as fit. Returns how many were read.
 
-        A profile of another model or a damaged one is a warning, and nothing happens. `progress(done, wanted)` is
-        called as experts arrive; a KeyboardInterrupt ends the reading early and nothing else.
+        Warns about a profile of another model or a damaged one, and returns 0. Calls `progress(done, wanted)` as
+        experts arrive. A KeyboardInterrupt ends the reading and is not raised.
         """
         if self.all_resident:
             return 0
@@ -247,8 +255,8 @@ class Residency:
             done += pool.preload(progress)
         return done
 
-    def trace_to(self, path: str | os.PathLike) -> None:
-        """Records routing into a file from now on, until `close`."""
+    def trace_to(self, path: str | os.PathLike[str]) -> None:
+        """Records routing into a file from now on, until `close` or another `trace_to`."""
         experts = max(file.num_experts for file in self.files.values())
         self._end_trace()
         self._trace = TraceWriter(path, list(self.files), experts, self.top_k, self.fingerprint, self._slot_bytes)
@@ -256,7 +264,10 @@ class Residency:
             module.trace = self._trace
 
     def close(self) -> None:
-        """Ends the trace, the reader's threads and files. The model cannot read experts any more."""
+        """Ends the trace and closes the reader; the model cannot read experts any more.
+
+        Raises MimoError where the trace could not be written to the end.
+        """
         try:
             self._end_trace()
         finally:
@@ -270,12 +281,12 @@ class Residency:
             trace.close()
 
 
-def _layout(group: dict[int, ExpertFile]):
+def _layout(group: dict[int, ExpertFile]) -> RecordLayout:
     return next(iter(group.values())).layout
 
 
 def _moe_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """{number: decoder layer} of the layers that route."""
+    """{number: decoder layer} of the layers with experts."""
     return {i: layer for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "switch_mlp")}
 
 
@@ -294,7 +305,7 @@ def _check(directory: Path, files: dict[int, ExpertFile], layers: dict[int, nn.M
 
 
 def _size(nbytes: int) -> str:
-    """A size as the flag takes it, rounded up."""
+    """A size as --expert-memory takes it, rounded up."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if nbytes >= size:
             return f"{-(-nbytes * 10 // size) / 10:g}{unit}"

@@ -1,11 +1,11 @@
 """Which expert lies in which slot, and what one call of a layer reads, evicts and computes, in which order.
 
-No bytes move here: the pool follows these steps with memory and a disk, `replay` follows them with nothing, and so
-both count the same hits. NumPy only.
+This moves no bytes: the pool follows these steps with memory and a disk, `replay` follows them without, so both count
+the same hits. NumPy only.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,43 +13,43 @@ import numpy as np
 
 from .policy import Policy
 
-SORTED_PAIRS = 64  # from so many token-expert pairs on a call goes expert by expert; mlx-lm sorts from here on too
-WAVE_EXPERTS = 32  # experts of one wave at most, and
-WAVE_PAIRS = 1024  # token-expert pairs, unless one expert has more: these bound what a wave takes in memory
+SORTED_PAIRS = 64  # a call of at least as many token-expert pairs goes expert by expert; mlx-lm sorts from 64 on too
+WAVE_EXPERTS = 32  # the most experts of a wave
+WAVE_PAIRS = 1024  # the most token-expert pairs of a wave, unless one expert has more: bounds the memory of its outputs
 HELD = np.inf  # rank of a slot that must not be written
 FREE = -np.inf
 
 
 @dataclass(frozen=True)
 class Need:
-    """One call of one layer: its distinct experts, how many tokens use each, and whether it should go in one piece."""
+    """What one call of one layer needs: its distinct experts, and how many of its tokens use each."""
 
     layer: int
-    experts: np.ndarray
-    counts: np.ndarray
+    experts: np.ndarray  # distinct
+    counts: np.ndarray  # tokens that use each
     tokens: int
-    together: bool
+    together: bool  # computed in one piece where the slots suffice, else in waves
 
     @classmethod
     def of(cls, layer: int, chosen: np.ndarray) -> "Need":
-        """chosen (T, K) expert numbers, as the router gave them."""
+        """The need of a call for which the router chose `chosen`: (T, K) expert numbers."""
         tokens, together = chosen.shape[0], chosen.size < SORTED_PAIRS
         if tokens == 1:  # a router chooses an expert once
             return cls(layer, chosen[0], np.ones(chosen.shape[1], dtype=np.int64), 1, together)
         return cls(layer, *np.unique(chosen, return_counts=True), tokens, together)
 
 
-class Read(NamedTuple):
-    """Start reading `experts` into `slots`; their former residents are gone."""
+class ReadStep(NamedTuple):
+    """Start reading `experts` into `slots`, whose former residents have been evicted."""
 
     experts: np.ndarray
     slots: np.ndarray
 
 
-class Compute(NamedTuple):
-    """Compute with `experts`, finished before the next step is asked for unless this is the `last` one.
+class ComputeStep(NamedTuple):
+    """Wait for the `reads` oldest unfinished reads, then compute with `experts`.
 
-    `reads` says how many of the oldest unfinished reads must have ended first.
+    Outputs must have been evaluated before the next step is asked for, unless this is the `last` one.
     """
 
     experts: np.ndarray
@@ -57,10 +57,13 @@ class Compute(NamedTuple):
     last: bool = False
 
 
+Step = ReadStep | ComputeStep
+
+
 class Residents:
     """The table of one pool: `slots` slots for the experts of `layers`, `num_experts` in each.
 
-    A call has a handful of experts, for which a loop over numbers is faster than NumPy; the loops are written for it.
+    A call has a handful of experts, so loops over Python numbers are used: they are faster than NumPy there.
     """
 
     def __init__(self, layers: Sequence[int], num_experts: int, slots: int, policy: Policy):
@@ -74,7 +77,7 @@ class Residents:
         self.rank = np.full(slots, FREE)  # by slot: the resident's score, HELD or FREE
         self.uses = np.zeros(self.slot_of.size, dtype=np.int64)  # by key: tokens that used it
         self.tokens = 0.0
-        self._promised: list[int] = []  # slots whose reads have not been taken over by whoever asked for the step
+        self._promised: list[int] = []  # slots of a ReadStep whose reads the caller does not own yet
         self.hits = self.misses = self.evictions = 0
 
     @property
@@ -85,18 +88,20 @@ class Residents:
     def resident(self) -> int:
         return int(np.count_nonzero(self.key_of >= 0))
 
-    def schedule(self, need: Need, split: bool = False, hold: bool = False) -> Iterator[Read | Compute]:
-        """The steps of one call.
+    def schedule(self, need: Need, hits_first: bool = False, hold: bool = False) -> Generator[Step, None, None]:
+        """The steps of one call, in order.
 
-        One that goes together has one Compute with everything in slots at once, where the slots suffice; `split` lets
-        it compute the hits while the misses are read, `hold` keeps hits from a guess that is made in between. Otherwise
-        the call goes in waves: residents first, then what is missing, the most used last, each wave read while the one
-        before it computes. An expert is read at most once.
+        A call that goes together has one ComputeStep, with all its experts in slots, where the slots suffice; with
+        `hits_first` it has two, so that hits are computed while misses are read. `hold` keeps the slots of hits from
+        `guess` until the call has ended. Otherwise the call goes in waves: residents first, then the missing experts,
+        the most used last, each wave read while the one before it computes. No expert is read twice.
 
-        Whoever asks for the next step has taken the reads of the last one over: `drop` what fails of them. When the
-        iterator ends, is closed or is interrupted, slots in use are released and those not taken over are empty.
+        By asking for the next step the caller takes over the reads of the step before and must `drop` those that
+        failed. When the generator ends, is closed or is interrupted, all slots are released, and slots whose reads the
+        caller does not own are empty.
         """
-        base, held = self.base[need.layer], []
+        base = self.base[need.layer]
+        held: list[int] = []
         keys = need.experts + base
         self._touch(keys, need.counts, need.tokens)
         slot_of = self.slot_of.item
@@ -116,30 +121,30 @@ class Residents:
                 return
             if not missing:
                 self._hold(hits, held) if hold else self._release(hits)
-                yield Compute(need.experts, 0, last=True)
+                yield ComputeStep(need.experts, 0, last=True)
                 return
             self._hold(hits, held)
             experts = _experts(missing, base)
             yield from self._read(missing, base, held)
-            if split and present:
-                yield Compute(_experts(present, base), 0)
-                yield Compute(experts, 1, last=True)
+            if hits_first and present:
+                yield ComputeStep(_experts(present, base), 0)
+                yield ComputeStep(experts, 1, last=True)
             else:
-                yield Compute(need.experts, 1, last=True)
+                yield ComputeStep(need.experts, 1, last=True)
         finally:
             if self._promised:
                 self.drop(np.array(self._promised, dtype=np.int32), read=False)
                 self._promised = []
             self._release(held)
 
-    def _read(self, keys: list[int], base: int, held: list[int]) -> Iterator[Read]:
-        yield Read(_experts(keys, base), self._admit(keys, held, self._promised))
+    def _read(self, keys: list[int], base: int, held: list[int]) -> Generator[ReadStep, None, None]:
+        yield ReadStep(_experts(keys, base), self._admit(keys, held, self._promised))
         self.misses += len(keys)
         self._promised = []
 
     def _waves(
         self, present: list[int], missing: list[int], pairs: dict[int, int], base: int, held: list[int]
-    ) -> Iterator[Read | Compute]:
+    ) -> Generator[Step, None, None]:
         size = max(1, min(WAVE_EXPERTS, self.slots // 4))
         ready, wanted = self._groups(present, WAVE_EXPERTS, pairs), self._groups(missing, size, pairs)
         self._hold([self.slot_of.item(key) for key in present], held)
@@ -152,7 +157,7 @@ class Residents:
                 writable -= len(group)
                 yield from self._read(group, base, held)
             group, reads = (ready.popleft(), 0) if ready else (reading.popleft(), 1)
-            yield Compute(_experts(group, base), reads, not (ready or wanted or reading))
+            yield ComputeStep(_experts(group, base), reads, not (ready or wanted or reading))
             self._release([self.slot_of.item(key) for key in group])
             writable += len(group)
 
@@ -169,7 +174,7 @@ class Residents:
         return groups
 
     def _touch(self, keys: np.ndarray, counts: np.ndarray, tokens: int) -> None:
-        """Counts a call. The ranks of its residents are brought up to date when they are released."""
+        """Counts a call. The ranks of its experts are updated when their slots are released."""
         self.uses[keys] += counts
         self.tokens += tokens / len(self.base)
         if self.policy.touch(keys, counts, tokens):
@@ -181,9 +186,10 @@ class Residents:
         self.rank[held] = HELD
 
     def _admit(self, keys: list[int], *lists: list[int]) -> np.ndarray:
-        """Slots for `keys`, added to `lists`; who lay there is evicted. At least as many slots must be writable.
+        """Evicts the residents of lowest rank and returns their slots for `keys`, held and appended to each of `lists`.
 
-        An interrupt may come between any two lines: a slot is held, and on the lists, before its key is in the table.
+        At least as many slots must not be held. An interrupt may come between any two lines, so a slot is held and on
+        the lists before its key is in the table.
         """
         rank, key_of, slot_of = self.rank, self.key_of, self.slot_of
         slots = []
@@ -213,7 +219,7 @@ class Residents:
             rank[slot] = score(key) if key >= 0 else FREE
 
     def drop(self, slots: np.ndarray, read: bool = True) -> None:
-        """Empties `slots`, whose reads failed: they were no misses served."""
+        """Empties `slots`, whose reads failed. With `read`, they no longer count as misses."""
         keys = self.key_of[slots]
         self.slot_of[keys[keys >= 0]] = -1
         self.key_of[slots] = -1
@@ -221,11 +227,14 @@ class Residents:
         self.misses -= int(np.count_nonzero(keys >= 0)) if read else 0
 
     def fill(self, keys: np.ndarray) -> np.ndarray:
-        """Slots for absent `keys` outside of any call; held until `settled`. For preloading a profile."""
+        """Slots for absent `keys`, to preload them between calls. The caller must call `settled` after the reads."""
         return self._admit(keys.tolist())
 
     def guess(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(keys, slots) for those absent `keys` that are worth more than who would leave; held until `settled`."""
+        """(keys, slots) for the absent `keys` of higher score than the resident that would be evicted for each.
+
+        The caller must call `settled` after the reads.
+        """
         taken: list[tuple[int, int]] = []
         for key in keys[np.argsort(-self.policy.score[keys], kind="stable")]:
             if self.slot_of[key] < 0 and self.rank.min() < self.policy.score[key]:
@@ -234,18 +243,18 @@ class Residents:
         return rows[:, 0], rows[:, 1]
 
     def settled(self, slots: np.ndarray) -> None:
-        """Ends the hold of `fill` or `guess`."""
+        """Releases slots that `fill` or `guess` returned."""
         self._release(slots.tolist())
 
     def seed(self, uses: np.ndarray, tokens: float) -> None:
-        """Starts the policy from a past of `tokens` tokens in which expert `key` was used `uses[key]` times."""
+        """Starts the policy as after `tokens` tokens in which expert `key` was used `uses[key]` times."""
         self.uses[:] = uses
         self.tokens = tokens
         self.policy.seed(uses / max(tokens, 1.0))
         self._rank_all()
 
     def recover(self) -> None:
-        """After an interrupt: empties every slot that is held, since nobody knows what lies there."""
+        """After an interrupt: empties every held slot, whose content is unknown, and makes the table consistent."""
         self._promised = []
         self.drop(np.flatnonzero(self.rank == HELD), read=False)
         taken = np.flatnonzero(self.key_of >= 0)
@@ -257,9 +266,10 @@ class Residents:
         self.drop(np.arange(self.slots), read=False)
 
     def resize(self, slots: int) -> list[tuple[int, int]]:
-        """Another number of slots, between calls. Returns the moves (from, to) of residents that stay.
+        """Changes the number of slots, between calls. Returns moves (from, to); the caller must copy those slots.
 
-        When shrinking, those worth most stay, and those beyond the new end move to slots that became free below it.
+        When shrinking, residents of highest score stay; those beyond the new end move to free slots below it.
+        Raises ValueError for less than one slot.
         """
         old = self.slots
         if slots < 1:

@@ -8,7 +8,7 @@ A trace file is
     frames    one a call: position of the layer in `layers` (2 bytes), tokens (4 bytes), then tokens * top_k expert
               numbers, one byte each where num_experts is at most 256, else two; all little-endian
 
-so a decoded token of the full model takes 47 * (6 + 8) = 658 bytes. A last frame that was cut short is left out.
+so a decoded token of the full model takes 47 * (6 + 8) = 658 bytes. Readers leave out a last frame that was cut short.
 """
 
 import json
@@ -17,6 +17,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +37,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
+    """A trace file's content."""
+
     layers: tuple[int, ...]
     num_experts: int
     top_k: int
     model: str
     calls: list[Call]
-    slot_bytes: int = 0  # of one expert in memory where it was recorded; 0: not known
+    slot_bytes: int = 0  # memory of one expert where the trace was recorded; 0: not known
 
     @property
     def routed(self) -> int:
@@ -50,11 +53,14 @@ class Trace:
 
 
 class TraceWriter:
-    """Called with (layer, chosen (T, K)) for each call; `close` ends the file."""
+    """Writes a trace: must be called with (layer, chosen (T, K)) for each call, and closed.
+
+    Raises MimoError where the file cannot be written.
+    """
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         layers: Sequence[int],
         num_experts: int,
         top_k: int,
@@ -91,12 +97,12 @@ class TraceWriter:
     def close(self) -> None:
         try:
             self._file.close()
-        except OSError as error:  # what was still in memory did not get to the disk
+        except OSError as error:  # buffered frames could not be written
             raise MimoError(f"{self.path}: trace cannot be written: {error.strerror or error}") from error
 
 
-def read_trace(path: str | os.PathLike) -> Trace:
-    """A trace file. Raises MimoError, beginning with the file's name, for anything else."""
+def read_trace(path: str | os.PathLike[str]) -> Trace:
+    """Reads a trace file. Raises MimoError, beginning with the file's name, for anything else."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -119,7 +125,7 @@ def read_trace(path: str | os.PathLike) -> Trace:
     return Trace(layers, num_experts, top_k, str(header.get("model", "")), calls, slot_bytes)
 
 
-def _frames(path: Path, data: bytes, at: int, header: dict) -> list[Call]:
+def _frames(path: Path, data: bytes, at: int, header: dict[str, Any]) -> list[Call]:
     layers, top_k, dtype = header["layers"], header["top_k"], _id_type(header["num_experts"])
     calls = []
     while at + _FRAME.size <= len(data):
@@ -137,5 +143,6 @@ def _frames(path: Path, data: bytes, at: int, header: dict) -> list[Call]:
     return calls
 
 
-def _id_type(num_experts: int) -> np.dtype:
+def _id_type(num_experts: int) -> np.dtype[Any]:
+    """The type of an expert number in the file."""
     return np.dtype("<u1" if num_experts <= 256 else "<u2")

@@ -1,6 +1,7 @@
 """A layer on the host equals the model's own code, in every cache; with many tokens the model's own code runs."""
 
 import functools
+import itertools
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,9 +58,14 @@ def test_every_layer_of_the_model_is_computed_on_the_host(model):
     assert {layer.is_sliding for layer in model.layers} == {True, False}
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("before", [0, 1, 126, 127, 128, 129, 260])
-@pytest.mark.parametrize("length", [1, 2, 7])
+EDGES = [(1, 0, 1), (3, 0, 7), (1, 1, 2), (3, 127, 1), (1, 127, 2), (1, 128, 1), (3, 129, 2), (1, 260, 7)]
+PRODUCT = itertools.product([1, 3], [0, 1, 126, 127, 128, 129, 260], [1, 2, 7])
+
+
+@pytest.mark.parametrize(
+    ("batch", "before", "length"),
+    [*EDGES, *(pytest.param(*case, marks=pytest.mark.long) for case in PRODUCT if case not in EDGES)],
+)
 def test_equals_the_models_own_layers(model, batch, before, length):
     ids = mx.random.randint(0, model.args.vocab_size, (batch, before + length), key=mx.random.key(before))
     ours, theirs = model.make_cache(), model.make_cache()

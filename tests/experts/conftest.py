@@ -1,4 +1,4 @@
-"""Pools over small expert files, whose reads can be made to fail."""
+"""Pools over small expert files, with a disk that can be made to fail."""
 
 import shutil
 
@@ -26,7 +26,7 @@ def disk():
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """(directory of expert files, {layer: {tensor: what a slot holds of it, for all experts}})"""
+    """(directory of expert files, {layer: {tensor: its values in a slot, for all experts}})"""
     directory = tmp_path_factory.mktemp("experts")
     truth = {}
     for layer in LAYERS:

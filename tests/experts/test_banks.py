@@ -1,4 +1,4 @@
-"""The memory of a pool: bytes that are read become what MLX computes with, on either path."""
+"""Records read into banks become arrays that MLX computes with, whether read in place or copied."""
 
 import mlx.core as mx
 import numpy as np
@@ -30,7 +30,7 @@ def same(a: mx.array, b: mx.array) -> bool:
 
 @pytest.mark.parametrize("widen", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_record_becomes_its_tensors(tmp_path, form, widen, in_place):
+def test_a_record_read_into_a_slot_becomes_its_tensors(tmp_path, form, widen, in_place):
     tensors = random_experts(form, experts=5)
     file = open_expert_file(write_expert_file(tmp_path, 3, tensors))
     banks = Banks(file.layout, 3, widen, in_place)
@@ -76,7 +76,7 @@ def test_resize_keeps_the_slots_that_remain(tmp_path, slots, in_place):
     assert all(same(bank[slots - 1], tensors[name][3]) for name, bank in banks.arrays.items())
 
 
-def test_slot_bytes_are_what_the_banks_take(tmp_path):
+def test_slot_bytes_equal_the_memory_of_the_banks(tmp_path):
     file = open_expert_file(write_expert_file(tmp_path, 3, random_experts("affine4")))
     for widen in (False, True):
         banks = Banks(file.layout, 7, widen)
@@ -85,18 +85,18 @@ def test_slot_bytes_are_what_the_banks_take(tmp_path):
     assert slot_bytes(file.layout, widen=True) > file.layout.nbytes
 
 
-def test_the_check_finds_that_the_cpu_can_be_written_in_place():
+def test_the_host_can_write_into_arrays_on_the_cpu():
     if mx.default_device() == mx.cpu:
         assert host_writable()
 
 
-def test_the_check_finds_a_backend_that_hands_out_copies(monkeypatch):
+def test_a_backend_that_returns_copies_is_not_writable(monkeypatch):
     real = np.asarray
     monkeypatch.setattr("mlx_mimo.experts.banks.np.asarray", lambda array: real(array).copy())
     assert not host_writable()
 
 
-def test_the_check_finds_a_backend_that_hands_out_nothing(monkeypatch):
+def test_a_backend_without_host_access_is_not_writable(monkeypatch):
     def refuse(array):
         raise RuntimeError("not on this device")
 
@@ -104,6 +104,6 @@ def test_the_check_finds_a_backend_that_hands_out_nothing(monkeypatch):
     assert not host_writable()
 
 
-def test_unknown_types_are_refused():
+def test_banks_reject_tensors_of_an_unknown_type():
     with pytest.raises(MimoError, match="experts of type F8_E4M3"):
         memory_dtype(RecordTensor("gate_proj.weight", "F8_E4M3", (2, 2), 0, 4), False)

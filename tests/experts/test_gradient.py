@@ -11,7 +11,7 @@ TOKENS = mx.array([[5, 6, 7, 8, 20, 21, 33, 40, 41, 50, 60, 70]])
 
 
 def gradient(model) -> mx.array:
-    """Of a loss with respect to the size of the first layer's norm; it passes through the experts above."""
+    """The gradient of a loss by the scale of the first layer's norm; it passes through the experts above."""
     norm = model.layers[0].input_layernorm
     weight = norm.weight
 

@@ -1,4 +1,4 @@
-"""Who leaves: on sequences worked out by hand, and against the definition computed the slow way."""
+"""The order of eviction, on sequences worked out by hand and against the definition."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ def touch(policy, *keys, count=1, tokens=1):
 
 
 def order(policy) -> list[int]:
-    """Keys, the first to leave first."""
+    """Keys in the order in which they are evicted."""
     return np.argsort(policy.score, kind="stable").tolist()
 
 
-def test_lfu_keeps_what_was_used_more():
+def test_lfu_keeps_experts_used_more_often():
     policy = LFUPolicy(3, half_life_tokens=100)
     for key in (0, 0, 1, 2, 2, 2):
         touch(policy, key)
@@ -40,7 +40,7 @@ def test_lfu_counts_halve_in_a_half_life():
     assert policy.score[1] == pytest.approx(2 * policy.score[0])
 
 
-def test_lfu_counts_a_call_once_and_more_where_more_tokens_use_it():
+def test_lfu_counts_a_call_by_half_and_by_half_of_its_share_of_tokens():
     policy = LFUPolicy(3, half_life_tokens=1e9)
     policy.touch(np.array([0, 1, 2]), np.array([2048, 1024, 0]), 2048)
     assert policy.score == pytest.approx([1.0, 0.75, 0.5], rel=1e-3)
@@ -58,7 +58,7 @@ def test_lfu_forgets_an_old_favourite():
     assert order(policy) == [0, 1]
 
 
-def test_lfu_time_is_tokens_over_all_layers():
+def test_lfu_measures_time_in_tokens_through_all_layers():
     one, four = LFUPolicy(8, layers=1, half_life_tokens=10), LFUPolicy(8, layers=4, half_life_tokens=10)
     touch(one, 0)
     for layer in range(4):
@@ -70,7 +70,7 @@ def test_lfu_time_is_tokens_over_all_layers():
     assert four.score[7] / four.score[3] == pytest.approx(2**3)
 
 
-def test_lru_keeps_what_was_used_last_and_within_a_call_what_most_tokens_used():
+def test_lru_keeps_experts_used_last_and_of_one_call_those_most_tokens_used():
     policy = LRUPolicy(4)
     touch(policy, 3, count=50, tokens=50)
     policy.touch(np.array([0, 1, 2]), np.array([2, 1, 3]), 3)
@@ -86,8 +86,8 @@ def test_lru_keeps_what_was_used_last_and_within_a_call_what_most_tokens_used():
     ),
     st.sampled_from([1.0, 3.5, 20.0]),
 )
-def test_lfu_is_the_sum_of_decayed_uses(calls, half_life):
-    """Also across the scaling of all scores, which happens every 500 half lives."""
+def test_lfu_scores_are_sums_of_decayed_uses(calls, half_life):
+    """The calls also cross the scaling of all scores, every 500 half lives."""
     policy, time, uses = LFUPolicy(10, layers=2, half_life_tokens=half_life), 0.0, []
     for keys, count, tokens in calls:
         count = min(count, tokens)
@@ -101,7 +101,7 @@ def test_lfu_is_the_sum_of_decayed_uses(calls, half_life):
     np.testing.assert_allclose(policy.score / now, decayed, rtol=1e-9, atol=1e-100)
 
 
-def test_lfu_says_when_it_scaled():
+def test_lfu_reports_that_it_scaled_all_scores():
     policy = LFUPolicy(2, half_life_tokens=1)
     scaled = [touch(policy, 0) for _ in range(1100)]
     assert sum(scaled) == 2
@@ -110,7 +110,7 @@ def test_lfu_says_when_it_scaled():
 
 
 @pytest.mark.parametrize("name", ["lfu", "lru"])
-def test_a_past_is_outlived_by_the_present(name):
+def test_recent_uses_outweigh_a_seeded_past(name):
     policy = make_policy(name, 4, half_life_tokens=4)
     policy.seed(np.array([0.1, 0.9, 0.5, 0.0]))
     assert order(policy) == [3, 0, 2, 1]
@@ -119,7 +119,7 @@ def test_a_past_is_outlived_by_the_present(name):
     assert order(policy)[-1] == 3
 
 
-def test_a_seed_is_what_the_past_would_have_left():
+def test_a_seed_equals_the_scores_of_a_long_past():
     lived, seeded = LFUPolicy(2, half_life_tokens=50), LFUPolicy(2, half_life_tokens=50)
     for step in range(4000):
         touch(lived, *([0] if step % 4 else [0, 1]))
@@ -127,7 +127,7 @@ def test_a_seed_is_what_the_past_would_have_left():
     np.testing.assert_allclose(lived.score / 2.0**lived._exponent, seeded.score, rtol=0.05)
 
 
-def test_unknown_names_and_half_lives_are_refused():
+def test_unknown_policies_and_half_lives_are_rejected():
     with pytest.raises(ValueError, match="'fifo'"):
         make_policy("fifo", 4)
     with pytest.raises(ValueError, match="more than 0"):

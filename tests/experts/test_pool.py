@@ -1,4 +1,4 @@
-"""A pool through every fault: what it holds is right or not there, and the next call is served."""
+"""After every fault a pool holds right bytes or none, and serves the next call."""
 
 import os
 import threading
@@ -19,10 +19,11 @@ from mlx_mimo.experts.reader import ExpertReader
 pytestmark = pytest.mark.usefixtures("where_reads_run")
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5, 8, 32])
-@pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("together", [True, False])
-def test_what_is_served_is_right_and_bytes_are_misses(make, disk, slots, in_place, together):
+@pytest.mark.parametrize(
+    ("slots", "together", "in_place"),
+    [(1, True, False), (5, True, True), (5, False, True), (8, False, False), (32, True, True)],
+)
+def test_a_pool_serves_right_bytes_and_reads_each_miss_once(make, disk, slots, in_place, together):
     pool, rng = make(slots, in_place=in_place), np.random.default_rng(0)
     for step in range(30):
         serve(pool, need(1 + step % 2, *rng.permutation(EXPERTS)[: rng.integers(1, 9)], together=together))
@@ -32,8 +33,7 @@ def test_what_is_served_is_right_and_bytes_are_misses(make, disk, slots, in_plac
     assert disk.calls == pool.residents.misses, "one system call a miss"
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8])
-@pytest.mark.parametrize("fault", ["short", "slow"])
+@pytest.mark.parametrize(("slots", "fault"), [(1, "slow"), (3, "short"), (8, "slow"), (8, "short")])
 def test_short_and_slow_reads_change_nothing(make, disk, slots, fault):
     disk.fault = lambda n: fault if n % 3 == 0 else None
     pool = make(slots)
@@ -43,10 +43,19 @@ def test_short_and_slow_reads_change_nothing(make, disk, slots, fault):
     assert pool.reader.bytes_read == pool.residents.misses * pool.layout.nbytes
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8, 20])
-@pytest.mark.parametrize("nth", [1, 2, 5, 6])
-@pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(
+    ("slots", "nth", "together", "in_place"),
+    [
+        (1, 1, True, True),
+        (1, 6, False, False),
+        (3, 2, True, False),
+        (3, 5, False, True),
+        (8, 1, False, False),
+        (8, 6, True, True),
+        (20, 2, True, False),
+        (20, 6, False, True),
+    ],
+)
 def test_when_the_nth_read_fails_the_next_call_is_right(make, disk, slots, nth, together, in_place):
     pool = make(slots, in_place=in_place)
     serve(pool, need(2, 0, 1, 2))
@@ -68,7 +77,7 @@ def test_when_the_nth_read_fails_the_next_call_is_right(make, disk, slots, nth, 
     assert_consistent(pool)
 
 
-def test_every_read_fails_and_then_none(make, disk):
+def test_a_pool_recovers_after_every_read_failed(make, disk):
     pool = make(8)
     disk.fault = lambda n: "fail"
     for _ in range(3):
@@ -82,7 +91,7 @@ def test_every_read_fails_and_then_none(make, disk):
     assert pool.residents.misses == 4
 
 
-def test_a_file_cut_short_spoils_only_what_was_cut_off(make):
+def test_a_truncated_file_fails_only_for_experts_beyond_its_end(make):
     pool = make(8)
     file = pool.files[1]
     os.truncate(file.path, file.offset(5))
@@ -93,7 +102,7 @@ def test_a_file_cut_short_spoils_only_what_was_cut_off(make):
     assert_consistent(pool)
 
 
-def test_a_file_removed_under_way_is_served_to_the_end(make):
+def test_a_file_removed_while_open_is_still_read(make):
     pool = make(4)
     for file in pool.files.values():
         file.path.unlink()
@@ -101,7 +110,7 @@ def test_a_file_removed_under_way_is_served_to_the_end(make):
     assert_consistent(pool)
 
 
-def test_a_consumer_that_gives_up_leaves_the_pool_whole(make, disk):
+def test_a_call_closed_halfway_leaves_the_pool_consistent(make, disk):
     disk.fault = lambda n: "slow"
     pool = make(8)
     for together in (True, False):
@@ -141,7 +150,7 @@ def test_resize_keeps_experts_and_serves_on(make, in_place):
         assert_consistent(pool)
 
 
-def test_what_resize_keeps_is_not_read_again(make, disk):
+def test_experts_that_resize_keeps_are_not_read_again(make, disk):
     pool = make(6)
     for _ in range(3):
         serve(pool, need(1, 0, 1, 2))
@@ -153,7 +162,7 @@ def test_what_resize_keeps_is_not_read_again(make, disk):
 
 
 @pytest.mark.parametrize("target", [12, 3])
-def test_a_resize_without_memory_changes_nothing_that_is_right(make, monkeypatch, target):
+def test_a_resize_that_finds_no_memory_leaves_the_pool_right(make, monkeypatch, target):
     pool = make(6)
     serve(pool, need(1, 0, 1, 2, 3))
     allocate, calls = pool.banks._allocate, []
@@ -176,7 +185,7 @@ def test_a_resize_without_memory_changes_nothing_that_is_right(make, monkeypatch
     assert_consistent(pool)
 
 
-def test_guesses_are_hits_when_they_are_right(make, disk):
+def test_a_right_guess_is_a_hit(make, disk):
     pool = make(12)
     for _ in range(2):
         serve(pool, need(2, 0, 1, 2))
@@ -192,19 +201,19 @@ def test_guesses_are_hits_when_they_are_right(make, disk):
     assert_consistent(pool)
 
 
-def test_a_guess_that_cannot_be_read_is_no_error_until_it_is_needed(make, disk):
+def test_a_guess_that_cannot_be_read_fails_only_where_it_is_needed(make, disk):
     pool = make(8)
     disk.fault = lambda n: "fail"
     pool.guess(1, np.array([4, 5]))
     pool.reader.drain()
     disk.fault = lambda n: None
-    serve(pool, need(1, 0))
+    serve(pool, need(2, 0))
     assert_consistent(pool)
     serve(pool, need(1, 4, 5))
     assert pool.lookahead_used == 0
 
 
-def test_a_call_waits_for_no_guess_but_its_own(make, disk):
+def test_a_call_waits_only_for_guesses_of_its_own_experts(make, disk):
     pool, gate = make(8), threading.Event()
     serve(pool, need(1, 0))
     disk.fault = lambda n: gate.wait(DEADLINE) and None
@@ -239,7 +248,7 @@ def test_counters_have_a_hit_rate():
     assert Counters().hit_rate == 1.0
 
 
-def test_shapes_share_a_budget_in_proportion_to_their_bytes():
+def test_pools_share_a_budget_in_proportion_to_their_bytes():
     assert divide(1000, [10, 20], [100, 50]) == [50, 25]
     assert divide(300, [10, 20], [100, 50]) == [15, 7]
     assert divide(1, [10, 20], [100, 50]) == [1, 1]

@@ -1,4 +1,4 @@
-"""A profile comes back for the model it was made with, and for no other."""
+"""A profile is read back for the model it was made with, and rejected for any other."""
 
 import json
 
@@ -25,7 +25,7 @@ def saved(tmp_path, files):
     return tmp_path / "p.json"
 
 
-def test_a_profile_comes_back(saved, files):
+def test_a_profile_is_read_as_it_was_written(saved, files):
     profile = load_profile(saved, fingerprint(files), files)
     assert profile.tokens == 12.5
     for layer in files:
@@ -33,7 +33,7 @@ def test_a_profile_comes_back(saved, files):
     assert [path.name for path in saved.parent.glob("p.json*")] == ["p.json"]
 
 
-def test_the_fingerprint_tells_models_apart(tmp_path, files):
+def test_models_have_different_fingerprints(tmp_path, files):
     first = fingerprint(files)
     assert fingerprint(expert_files(tmp_path)) == first
     write_expert_file(tmp_path, 2, random_experts(seed=9))
@@ -42,7 +42,7 @@ def test_the_fingerprint_tells_models_apart(tmp_path, files):
     assert fingerprint(expert_files(tmp_path)) != first
 
 
-def test_a_profile_of_another_model_is_refused(saved, files):
+def test_a_profile_of_another_model_is_rejected(saved, files):
     with pytest.raises(MimoError, match=r"^p.json: profile of another model"):
         load_profile(saved, "0" * 32, files)
 
@@ -62,20 +62,20 @@ def test_a_profile_of_another_model_is_refused(saved, files):
         ({"uses": {"1": [0] * EXPERTS, "2": [1e400] * EXPERTS}}, "damaged profile: layer 2"),
     ],
 )
-def test_damage_is_refused(saved, files, change, message):
+def test_a_damaged_profile_is_rejected(saved, files, change, message):
     saved.write_text(json.dumps(json.loads(saved.read_text()) | change))
     with pytest.raises(MimoError, match=f"^p.json: {message}"):
         load_profile(saved, fingerprint(files), files)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff", '"x"', "[" * 100000])
-def test_what_is_no_profile_is_refused(saved, files, text):
+def test_a_file_that_is_not_a_profile_is_rejected(saved, files, text):
     saved.write_text(text, encoding="latin-1")
     with pytest.raises(MimoError, match=r"^p.json: not a profile"):
         load_profile(saved, fingerprint(files), files)
 
 
-def test_files_that_cannot_be_read_or_written_are_named(tmp_path, files):
+def test_errors_name_a_profile_that_cannot_be_read_or_written(tmp_path, files):
     with pytest.raises(MimoError, match="profile cannot be read"):
         load_profile(tmp_path / "nowhere", "", files)
     with pytest.raises(MimoError, match="profile cannot be written"):

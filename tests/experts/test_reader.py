@@ -1,4 +1,4 @@
-"""Reads land where they should, whatever the kernel answers; what fails names itself and harms nothing else."""
+"""Records are read into their buffers whatever preadv returns; a failed read names its expert and spoils no other."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ from tiny_experts import random_experts, write_expert_file
 from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.errors import MimoError
 from mlx_mimo.experts import reader as reader_module
-from mlx_mimo.experts.reader import MEMORY, ExpertReader
+from mlx_mimo.experts.reader import MEMORY, ExpertReader, ReadRequest
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def scattered(file) -> list[np.ndarray]:
 def everything(files):
     """One request for each record, and where each goes."""
     targets = {(layer, e): scattered(file) for layer, file in files.items() for e in range(file.num_experts)}
-    requests = [(layer, e, [memoryview(b) for b in buffers]) for (layer, e), buffers in targets.items()]
+    requests = [ReadRequest(layer, e, [memoryview(b) for b in buffers]) for (layer, e), buffers in targets.items()]
     return requests, targets
 
 
@@ -51,7 +51,7 @@ def big(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("big")
-def test_every_record_is_scattered_with_one_call(files):
+def test_every_record_is_read_with_one_system_call(files):
     reader = ExpertReader(files, threads=3)
     requests, targets = everything(files)
     reader.read(requests)
@@ -71,14 +71,14 @@ def test_short_reads_are_continued(files, limit):
 
     reader = ExpertReader(files, preadv=short)
     file, buffers = files[4], scattered(files[4])
-    reader.read([(4, 5, [memoryview(b) for b in buffers])])
+    reader.read([ReadRequest(4, 5, [memoryview(b) for b in buffers])])
     assert_all_right(files, {(4, 5): buffers})
     assert reader.calls >= file.layout.nbytes // limit
     reader.close()
 
 
 @pytest.mark.usefixtures("big")
-def test_an_interrupted_call_is_made_again(files):
+def test_an_interrupted_system_call_is_repeated(files):
     calls = []
 
     def interrupted(fd, views, offset):
@@ -107,7 +107,7 @@ def test_an_error_names_file_layer_and_expert_and_the_others_arrive(files):
     requests, targets = everything(files)
     batch = reader.submit(requests)
     errors = batch.wait()
-    failed = [request[:2] for request, error in zip(requests, errors) if error]
+    failed = [(request.layer, request.expert) for request, error in zip(requests, errors) if error]
     assert failed == [(4, 2)]
     message = str(next(error for error in errors if error))
     assert message.startswith("model-experts-4.safetensors: layer 4 expert 2")
@@ -120,7 +120,7 @@ def test_an_error_names_file_layer_and_expert_and_the_others_arrive(files):
 
 
 @pytest.mark.usefixtures("big")
-def test_a_fault_of_ours_in_a_thread_reaches_the_caller(files):
+def test_an_unexpected_error_in_a_thread_reaches_the_caller(files):
     def broken(fd, views, offset):
         raise ZeroDivisionError
 
@@ -135,9 +135,9 @@ def test_a_file_cut_short_while_open_is_an_error(files):
     file = files[1]
     os.truncate(file.path, file.offset(3) + 10)
     with pytest.raises(MimoError, match=r"model-experts-1.*layer 1 expert 3 ends .* early"):
-        reader.read([(1, 3, [memoryview(b) for b in scattered(file)])])
+        reader.read([ReadRequest(1, 3, [memoryview(b) for b in scattered(file)])])
     buffers = scattered(file)
-    reader.read([(1, 2, [memoryview(b) for b in buffers])])
+    reader.read([ReadRequest(1, 2, [memoryview(b) for b in buffers])])
     assert_all_right(files, {(1, 2): buffers})
     reader.close()
 
@@ -147,7 +147,7 @@ def test_a_file_removed_while_open_is_still_read(files):
     reader = ExpertReader(files)
     files[1].path.unlink()
     buffers = scattered(files[1])
-    reader.read([(1, 0, [memoryview(b) for b in buffers])])
+    reader.read([ReadRequest(1, 0, [memoryview(b) for b in buffers])])
     assert b"".join(b.tobytes() for b in buffers) == wanted
     reader.close()
 
@@ -164,7 +164,7 @@ def test_a_missing_or_short_file_is_refused_at_start(files):
 def test_buffers_of_another_size_are_refused(files):
     reader = ExpertReader(files)
     with pytest.raises(MimoError, match="buffers hold 8"):
-        reader.read([(1, 0, [memoryview(bytearray(8))])])
+        reader.read([ReadRequest(1, 0, [memoryview(bytearray(8))])])
     reader.close()
 
 
@@ -239,7 +239,7 @@ def test_an_empty_batch_is_done(files):
     reader.close()
 
 
-def test_a_thread_that_cannot_start_spoils_nothing(files, monkeypatch):
+def test_a_thread_that_cannot_start_leaves_the_reader_usable(files, monkeypatch):
     monkeypatch.setattr("mlx_mimo.experts.reader.INLINE_BYTES", 0)
     reader = ExpertReader(files, threads=3)
     requests, targets = everything(files)
@@ -258,7 +258,7 @@ def test_a_thread_that_cannot_start_spoils_nothing(files, monkeypatch):
     reader.close()
 
 
-def test_an_interrupt_during_a_read_by_the_caller_stays_one(files):
+def test_an_interrupt_during_a_read_by_the_caller_is_raised(files):
     calls = []
 
     def interrupting(fd, views, offset):

@@ -1,4 +1,4 @@
-"""`attach`: the model's outputs do not depend on where its experts are, and the rest of what residency promises."""
+"""`attach` and `Residency`: outputs do not depend on what is resident; profiles, traces, resizing, warnings, errors."""
 
 import json
 import threading
@@ -43,13 +43,13 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stock(directory):
-    """What the model gives with mlx-lm's own layers."""
+    """The outputs of the model with mlx-lm's own layers."""
     return outputs(tiny_model(directory))
 
 
 @pytest.fixture(scope="module", params=["kernels", "mlx"])
 def strategy(request):
-    """Who computes: the CPU kernels where there are any, or MLX."""
+    """Whether the CPU kernels or MLX compute the experts."""
     if request.param == "kernels":
         pytest.importorskip("numba")
     with pytest.MonkeyPatch.context() as patch:
@@ -59,7 +59,7 @@ def strategy(request):
 
 @pytest.fixture(scope="module")
 def truth(directory, strategy):
-    """What the model gives with everything resident."""
+    """The outputs of the model with every expert resident."""
     model = tiny_model(directory)
     attach(model, directory).close()
     return outputs(model)
@@ -95,9 +95,18 @@ def assert_same(found, wanted):
         assert mx.array_equal(a, b)
 
 
-@pytest.mark.parametrize("lookahead", [False, True])
-@pytest.mark.parametrize("policy", ["lfu", "lru"])
-@pytest.mark.parametrize("slots", [None, ALL // 2, ALL // 4, ALL // 8, DEMAND, DEMAND // 2, 1])
+RESIDENCIES = [None, ALL // 2, ALL // 4, ALL // 8, DEMAND, DEMAND // 2, 1]
+WAYS = [("lfu", False), ("lru", True), ("lfu", True), ("lru", False)]  # policy, look-ahead
+
+
+@pytest.mark.parametrize(
+    ("slots", "policy", "lookahead"),
+    [
+        pytest.param(slots, *WAYS[(turn + way) % 4], marks=[pytest.mark.long] if way else [])
+        for turn, slots in enumerate(RESIDENCIES)
+        for way in range(4)
+    ],
+)
 def test_outputs_do_not_depend_on_what_is_resident(attached, truth, slots, policy, lookahead):
     model, residency = attached(slots=slots, policy=policy, lookahead=lookahead)
     assert_same(outputs(model), truth)
@@ -110,25 +119,25 @@ def test_outputs_do_not_depend_on_what_is_resident(attached, truth, slots, polic
         assert counters.policy == policy
 
 
-@pytest.mark.parametrize("split", [False, True, None])
+@pytest.mark.parametrize("hits_first", [False, True, None])
 @pytest.mark.parametrize("slots", [ALL // 2, DEMAND])
-def test_outputs_do_not_depend_on_computing_hits_first(attached, truth, monkeypatch, slots, split):
+def test_outputs_do_not_depend_on_computing_hits_first(attached, truth, monkeypatch, slots, hits_first):
     monkeypatch.setattr("mlx_mimo.experts.reader.INLINE_BYTES", 0)
-    model, residency = attached(slots=slots, split=split)
-    layers = {residency.modules[layer].split for layer in residency.modules}
-    assert layers == ({None} if split is None and mx.default_device() == mx.Device(mx.cpu) else {bool(split)})
+    model, residency = attached(slots=slots, hits_first=hits_first)
+    layers = {residency.modules[layer].hits_first for layer in residency.modules}
+    assert layers == ({None} if hits_first is None and mx.default_device() == mx.Device(mx.cpu) else {bool(hits_first)})
     residency.reader._note_waiting = lambda share: None
     residency.reader.waiting = 0.9
     assert_same(outputs(model), truth)
 
 
-def test_on_a_backend_that_must_copy(attached, truth):
+def test_outputs_are_right_on_a_backend_that_copies(attached, truth):
     for slots in (None, 9):
         model, _ = attached(slots=slots, in_place=False)
         assert_same(outputs(model), truth)
 
 
-def test_everything_resident_where_the_budget_holds_it(attached):
+def test_every_expert_is_resident_where_the_budget_holds_all(attached):
     model, residency = attached()
     size = residency.counters.slot_bytes
     for budget, kind in [(ALL * size, ResidentSwitchGLU), (ALL * size - 1, StreamedSwitchGLU)]:
@@ -152,7 +161,7 @@ def test_layers_of_other_shapes_share_the_budget(tmp_path):
     residency.close()
 
 
-def test_too_few_slots_are_said_once_with_the_number_that_helps(directory):
+def test_too_few_slots_give_one_warning_with_the_memory_that_helps(directory):
     model = tiny_model(directory)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -178,7 +187,7 @@ def test_resize_between_tokens_changes_no_output(attached, truth):
     assert_same(found, truth)
 
 
-def test_a_resize_asked_for_by_another_thread_is_done_before_the_next_token(attached, truth):
+def test_a_resize_requested_by_another_thread_is_done_before_the_next_token(attached, truth):
     model, residency = attached(slots=ALL // 2)
     size = residency.counters.slot_bytes
     found = []
@@ -192,14 +201,14 @@ def test_a_resize_asked_for_by_another_thread_is_done_before_the_next_token(atta
     assert_same(found, truth)
 
 
-def test_what_is_all_resident_is_not_resized(attached):
+def test_a_model_that_is_all_resident_cannot_be_resized(attached):
     _, residency = attached()
     for resize in (residency.resize, residency.request_resize):
         with pytest.raises(MimoError, match="all experts are resident"):
             resize(300)
 
 
-def test_a_resize_below_one_tokens_demand_is_said_once(attached):
+def test_a_resize_below_one_tokens_demand_warns_once(attached):
     _, residency = attached(slots=DEMAND)
     with pytest.warns(ResidencyWarning, match=f"one token needs {DEMAND}"):
         residency.resize(slots=DEMAND - 1)
@@ -209,7 +218,7 @@ def test_a_resize_below_one_tokens_demand_is_said_once(attached):
         residency.resize(slots=DEMAND)
 
 
-def test_a_resize_that_finds_no_memory_is_a_warning_and_the_token_is_right(attached, truth, monkeypatch):
+def test_a_resize_that_finds_no_memory_warns_and_the_token_is_right(attached, truth, monkeypatch):
     model, residency = attached(slots=DEMAND)
     size = residency.counters.slot_bytes
 
@@ -224,14 +233,14 @@ def test_a_resize_that_finds_no_memory_is_a_warning_and_the_token_is_right(attac
     assert_same(found, truth)
 
 
-def test_a_profile_of_a_model_that_is_all_resident_is_a_warning(attached, tmp_path):
+def test_saving_a_profile_of_an_all_resident_model_warns(attached, tmp_path):
     _, residency = attached()
     with pytest.warns(ResidencyWarning, match="every expert is resident"):
         residency.save_profile(tmp_path / "profile.json")
     assert not (tmp_path / "profile.json").exists()
 
 
-def test_a_trace_that_finds_no_room_is_an_error_and_the_files_are_closed(attached, tmp_path):
+def test_a_trace_that_finds_no_room_is_an_error_and_files_are_closed(attached, tmp_path):
     model, residency = attached(slots=DEMAND)
     residency.trace_to(tmp_path / "routing.trace")
     outputs(model)
@@ -281,7 +290,7 @@ def test_preloading_can_be_interrupted(attached, truth, tmp_path, monkeypatch):
     assert_same(outputs(model), truth)
 
 
-def test_a_profile_that_cannot_be_used_is_a_warning(attached, truth, tmp_path):
+def test_a_profile_that_cannot_be_used_warns(attached, truth, tmp_path):
     model, residency = attached(slots=DEMAND)
     (tmp_path / "p").write_text('{"format": "mlx-mimo expert profile", "version": 1, "model": "another"}')
     for name in ("p", "nowhere"):
@@ -330,7 +339,7 @@ def test_a_read_error_reaches_the_caller_and_the_next_token_is_right(attached, t
     assert_same(found, truth)
 
 
-def test_files_that_do_not_belong_to_the_model_are_refused(directory, tmp_path):
+def test_expert_files_of_another_model_are_rejected(directory, tmp_path):
     model = tiny_model(directory)
     with pytest.raises(FormatError, match=r"no expert file for layers \[1, 2, 3\]"):
         attach(model, tmp_path)
@@ -346,4 +355,4 @@ def test_files_that_do_not_belong_to_the_model_are_refused(directory, tmp_path):
         write_expert_file(tmp_path, layer, random_experts(hidden=32))
     with pytest.raises(FormatError, match="does not fit"):
         attach(model, tmp_path)
-    outputs(model)  # refusing changed nothing
+    outputs(model)  # the model is as it was

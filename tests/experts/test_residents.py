@@ -1,4 +1,4 @@
-"""The table of a pool: what is read, evicted and computed, in which order, against its rules and a slow model of it."""
+"""What a call reads, evicts and computes, and in which order: against rules, and against a simple model."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mimo.experts.policy import make_policy
-from mlx_mimo.experts.residents import HELD, WAVE_PAIRS, Compute, Need, Read, Residents
+from mlx_mimo.experts.residents import HELD, WAVE_PAIRS, ComputeStep, Need, ReadStep, Residents
 
 EXPERTS = 12
 
@@ -40,23 +40,23 @@ def consistent(residents) -> None:
 def test_a_call_that_fits_reads_what_is_missing_and_computes_once():
     residents = table(6)
     read, compute = run(residents, token(1, 3, 5, 7))
-    assert isinstance(read, Read)
+    assert isinstance(read, ReadStep)
     assert read.experts.tolist() == [3, 5, 7]
-    assert isinstance(compute, Compute)
+    assert isinstance(compute, ComputeStep)
     assert (compute.experts.tolist(), compute.reads, compute.last) == ([3, 5, 7], 1, True)
     (compute,) = run(residents, token(1, 7, 3))
     assert (compute.reads, compute.last) == (0, True)
     assert (residents.hits, residents.misses, residents.evictions) == (2, 3, 0)
 
 
-def test_the_same_number_in_two_layers_is_two_experts():
+def test_equal_numbers_in_two_layers_are_two_experts():
     residents = table(6)
     run(residents, token(1, 3))
     assert len(run(residents, token(2, 3))) == 2
     assert resident(residents, 1) == resident(residents, 2) == {3}
 
 
-def test_lfu_evicts_the_least_used_and_remembers_it():
+def test_lfu_evicts_the_least_used_expert_and_keeps_its_count():
     residents = table(3)
     for experts in [(0, 1, 2), (0, 1), (0, 1), (2,)]:
         run(residents, token(1, *experts))
@@ -67,14 +67,14 @@ def test_lfu_evicts_the_least_used_and_remembers_it():
     assert residents.evictions == 2
 
 
-def test_lru_evicts_what_was_used_longest_ago():
+def test_lru_evicts_the_expert_used_longest_ago():
     residents = table(3, policy="lru")
     for experts in [(0, 1, 2), (0, 1), (0, 2), (3,)]:
         run(residents, token(1, *experts))
     assert resident(residents, 1) == {0, 2, 3}
 
 
-def test_what_the_call_needs_is_never_evicted():
+def test_a_call_never_evicts_experts_that_it_needs():
     residents = table(3)
     for _ in range(20):
         run(residents, token(1, 0))
@@ -85,48 +85,48 @@ def test_what_the_call_needs_is_never_evicted():
     consistent(residents)
 
 
-def test_split_computes_hits_before_the_read_is_awaited():
+def test_hits_first_computes_hits_before_it_waits_for_the_read():
     residents = table(6)
     run(residents, token(1, 0, 1))
-    steps = run(residents, token(1, 0, 1, 2, 3), split=True)
-    assert [type(step) for step in steps] == [Read, Compute, Compute]
+    steps = run(residents, token(1, 0, 1, 2, 3), hits_first=True)
+    assert [type(step) for step in steps] == [ReadStep, ComputeStep, ComputeStep]
     assert [(s.experts.tolist(), s.reads, s.last) for s in steps[1:]] == [([0, 1], 0, False), ([2, 3], 1, True)]
 
 
 def test_one_slot_serves_one_expert_at_a_time():
     residents = table(1)
     steps = run(residents, token(1, 4, 2, 9))
-    assert [type(step) for step in steps] == [Read, Compute] * 3
-    assert sorted(int(step.experts[0]) for step in steps if isinstance(step, Read)) == [2, 4, 9]
-    assert [step.last for step in steps if isinstance(step, Compute)] == [False, False, True]
+    assert [type(step) for step in steps] == [ReadStep, ComputeStep] * 3
+    assert sorted(int(step.experts[0]) for step in steps if isinstance(step, ReadStep)) == [2, 4, 9]
+    assert [step.last for step in steps if isinstance(step, ComputeStep)] == [False, False, True]
 
 
 def test_a_wave_is_read_while_the_one_before_computes():
     residents = table(8)
     steps = run(residents, Need(1, np.arange(12), np.ones(12, dtype=int), 40, together=False))
-    reads_before_first_compute = [type(step) for step in steps].index(Compute)
+    reads_before_first_compute = [type(step) for step in steps].index(ComputeStep)
     assert reads_before_first_compute == 2
 
 
-def test_residents_are_computed_first_and_the_most_used_stay():
+def test_waves_compute_residents_first_and_keep_the_most_used():
     residents = table(4)
     counts = np.arange(1, 13)
     run(residents, Need(1, np.arange(12), counts, 40, together=False))
     assert resident(residents, 1) == {8, 9, 10, 11}
     steps = run(residents, Need(1, np.arange(6, 12), np.ones(6, dtype=int), 6, together=False))
-    first = next(step for step in steps if isinstance(step, Compute))
+    first = next(step for step in steps if isinstance(step, ComputeStep))
     assert set(first.experts.tolist()) == {8, 9, 10, 11}
 
 
 @pytest.mark.parametrize("policy", ["lfu", "lru"])
-def test_after_a_large_call_the_chunks_most_used_are_resident(policy):
+def test_the_most_used_experts_of_a_chunk_stay_resident(policy):
     residents = table(4, policy=policy)
     run(residents, token(2, 0, 1, 2, 3))
     run(residents, Need(1, np.arange(12), np.tile([200, 20, 20], 4), 320, together=False))
     assert resident(residents, 1) == {0, 3, 6, 9}
 
 
-def test_a_call_given_up_halfway_holds_nothing():
+def test_a_call_closed_halfway_holds_no_slot():
     residents = table(4)
     steps = residents.schedule(Need(1, np.arange(12), np.ones(12, dtype=int), 12, together=False))
     next(steps)
@@ -135,7 +135,7 @@ def test_a_call_given_up_halfway_holds_nothing():
     consistent(residents)
 
 
-def test_dropped_slots_are_free_and_no_miss():
+def test_dropped_slots_are_free_and_not_counted_as_misses():
     residents = table(4)
     read, _ = run(residents, token(1, 0, 1))
     residents.drop(read.slots[:1])
@@ -144,7 +144,7 @@ def test_dropped_slots_are_free_and_no_miss():
     consistent(residents)
 
 
-def test_a_guess_evicts_only_what_is_worth_less():
+def test_a_guess_evicts_only_experts_of_lower_score():
     residents = table(3)
     for experts in [(0, 1), (0, 1), (2,)]:
         run(residents, token(1, *experts))
@@ -170,7 +170,7 @@ def test_a_wave_holds_a_bounded_number_of_pairs():
         sums = [
             counts[step.experts].sum()
             for step in residents.schedule(Need(1, np.arange(counts.size), counts, 2 * WAVE_PAIRS, False))
-            if isinstance(step, Compute)
+            if isinstance(step, ComputeStep)
         ]
         assert sum(sums) == counts.sum()
         assert sorted(sums)[-1] == WAVE_PAIRS + 5, "an expert's own pairs stay together"
@@ -187,7 +187,7 @@ needs = st.lists(
 
 @given(needs, st.integers(1, 30), st.sampled_from(["lfu", "lru"]), st.booleans())
 @settings(max_examples=150)
-def test_the_rules_of_every_call(calls, slots, policy, split):
+def test_every_call_reads_each_missing_expert_once_and_computes_it_after_its_read(calls, slots, policy, hits_first):
     residents = table(min(slots, 24), policy=policy, half_life=5.0)
     for layer, experts, together in calls:
         base = residents.base[layer]
@@ -195,8 +195,10 @@ def test_the_rules_of_every_call(calls, slots, policy, split):
         read: list[int] = []
         computed: list[int] = []
         unread: list[list[int]] = []
-        for step in residents.schedule(Need(layer, np.array(experts), np.ones(len(experts), int), 3, together), split):
-            if isinstance(step, Read):
+        for step in residents.schedule(
+            Need(layer, np.array(experts), np.ones(len(experts), int), 3, together), hits_first
+        ):
+            if isinstance(step, ReadStep):
                 assert len(set(step.slots.tolist())) == step.slots.size
                 read += step.experts.tolist()
                 unread.append(step.experts.tolist())
@@ -217,7 +219,7 @@ def test_the_rules_of_every_call(calls, slots, policy, split):
 
 
 class SlowCache:
-    """The rules of a call that goes together, in plain Python: counts by definition, victims by full search."""
+    """A call that goes together, in plain Python: scores by definition, victims by full search."""
 
     def __init__(self, slots, policy, half_life):
         self.slots, self.policy, self.half_life = slots, policy, half_life
@@ -252,8 +254,8 @@ class SlowCache:
     st.sampled_from(["lfu", "lru"]),
 )
 @settings(max_examples=100)
-def test_hits_equal_a_slow_models(calls, slots, policy):
-    """Calls of one expert, so that no two are equally good victims and the order is forced."""
+def test_hits_equal_those_of_a_simple_cache(calls, slots, policy):
+    """Calls have one expert each, so no two victims are equally good."""
     residents, slow = table(slots, policy=policy, half_life=5.0), SlowCache(slots, policy, 5.0)
     for layer, experts in calls:
         for expert in experts:
@@ -266,7 +268,7 @@ def test_hits_equal_a_slow_models(calls, slots, policy):
 
 @given(needs, st.integers(1, 24), st.integers(1, 24))
 @settings(max_examples=100)
-def test_resize_keeps_what_is_worth_most_in_place(calls, before, after):
+def test_resize_keeps_the_experts_of_highest_score(calls, before, after):
     residents = table(before)
     for layer, experts, together in calls:
         run(residents, Need(layer, np.array(experts), np.ones(len(experts), int), 1, together))
@@ -284,7 +286,7 @@ def test_resize_keeps_what_is_worth_most_in_place(calls, before, after):
     assert not {source for source, _ in moves} & {target for _, target in moves}
 
 
-def test_no_slots_is_refused():
+def test_less_than_one_slot_is_rejected():
     with pytest.raises(ValueError, match="at least one"):
         table(0)
     with pytest.raises(ValueError, match="at least one"):

@@ -1,4 +1,4 @@
-"""The replay counts what the pool counts, and nobody beats Belady."""
+"""The replay counts the pool's hits and misses, and no policy misses less than Belady's."""
 
 import subprocess
 import sys
@@ -28,8 +28,8 @@ def trace_of(*experts, num_experts=6, layers=(1,)) -> Trace:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("policy", ["lfu", "lru"])
 @pytest.mark.parametrize("slots", [1, 2, 5, 12, 30])
-def test_the_replays_counts_are_the_pools(tmp_path, policy, slots):
-    """Through decode, batches, prefill in waves and pools smaller than a token's demand."""
+def test_the_replay_counts_as_the_pool(tmp_path, policy, slots):
+    """In decode, batches, prefill in waves, and pools smaller than a token's demand."""
     import mlx.core as mx
 
     model = tiny_model(tmp_path)
@@ -51,7 +51,7 @@ def test_belady_on_a_sequence_worked_out_by_hand():
 
 
 def fewest_misses(sequence, slots) -> int:
-    """By trying every victim at every miss."""
+    """The least misses, by trying every victim at every miss."""
     states = {frozenset(): 0}
     for expert in sequence:
         following: dict[frozenset, int] = {}
@@ -71,7 +71,7 @@ def fewest_misses(sequence, slots) -> int:
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=25), st.integers(1, 4))
 @settings(max_examples=60)
-def test_belady_misses_as_little_as_any_choice_of_victims(sequence, slots):
+def test_belady_misses_no_more_than_any_choice_of_victims(sequence, slots):
     trace = trace_of(*sequence)
     least = fewest_misses(sequence, slots)
     assert simulate(trace, "belady", slots).misses == least
@@ -87,7 +87,7 @@ def test_a_pool_for_everything_reads_everything_once(policy):
     assert (result.misses, result.evictions) == (len({(c.layer, c.chosen[0, 0]) for c in trace.calls}), 0)
 
 
-def test_the_control_has_the_same_calls_of_each_layer_in_another_order():
+def test_the_shuffled_control_has_each_layers_calls_in_another_order():
     trace = trace_of(*range(6), *range(6), *range(6), layers=(1, 2))
     control = shuffled(trace, seed=1)
     assert [c.layer for c in control.calls] == [c.layer for c in trace.calls]

@@ -1,4 +1,4 @@
-"""Traces come back as they were written; anything else is refused by name."""
+"""Traces are read as they were written; errors name a file that is not a trace."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def write(path, num_experts=256, calls=20, layers=(1, 3, 7), top_k=8):
 
 
 @pytest.mark.parametrize("num_experts", [16, 256, 384])
-def test_a_trace_comes_back(tmp_path, num_experts):
+def test_a_trace_is_read_as_it_was_written(tmp_path, num_experts):
     written = write(tmp_path / "t", num_experts)
     trace = read_trace(tmp_path / "t")
     assert (trace.layers, trace.num_experts, trace.top_k) == ((1, 3, 7), num_experts, 8)
@@ -64,13 +64,13 @@ def test_a_last_call_cut_short_is_left_out(tmp_path):
         (MAGIC + (99).to_bytes(4, "little") + b"{}", "damaged trace header"),
     ],
 )
-def test_other_files_are_refused(tmp_path, data, message):
+def test_a_file_that_is_not_a_trace_is_rejected(tmp_path, data, message):
     (tmp_path / "t").write_bytes(data)
     with pytest.raises(MimoError, match=f"^t: {message}"):
         read_trace(tmp_path / "t")
 
 
-def test_numbers_out_of_range_are_refused(tmp_path):
+def test_numbers_out_of_range_are_rejected(tmp_path):
     write(tmp_path / "t", num_experts=16, calls=1)
     data = bytearray((tmp_path / "t").read_bytes())
     data[-1] = 16
@@ -83,7 +83,7 @@ def test_numbers_out_of_range_are_refused(tmp_path):
         read_trace(tmp_path / "t")
 
 
-def test_a_missing_file_and_a_missing_folder_are_named(tmp_path):
+def test_errors_name_a_missing_file_and_a_missing_folder(tmp_path):
     with pytest.raises(MimoError, match="nowhere: trace cannot be read"):
         read_trace(tmp_path / "nowhere")
     with pytest.raises(MimoError, match="trace cannot be written"):
