@@ -13,6 +13,8 @@ from bridged import KINDS, generated, mlx_lm, mlx_lm_server, succeeded
 EITHER = pytest.mark.parametrize("kind", KINDS)
 EXTRA = "the extra is missing: pip install 'mlx-mimo[evaluate]'"
 
+pytestmark = pytest.mark.long
+
 
 def needs(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=EXTRA)
@@ -27,7 +29,6 @@ def test_generate_wants_the_flag_that_trusts_the_bridge():
     assert "trust_remote_code" in refused.stderr
 
 
-@pytest.mark.long
 def test_generate_stock_without_a_flag():
     assert len(generated(mlx_lm("stock", "generate", *GREEDY))) > 1
 
@@ -39,7 +40,6 @@ def test_generate_streams_experts_and_says_what_the_resident_model_says(tmp_path
     assert profile.exists(), "our residency did not run"
 
 
-@pytest.mark.long
 def test_a_profile_that_cannot_be_written_is_one_line_at_the_end(tmp_path):
     profile = tmp_path / "no such folder" / "use.npz"
     result = mlx_lm("bridged", "generate", *GREEDY, settings={"MLX_MIMO_PROFILE": str(profile)})
@@ -48,7 +48,6 @@ def test_a_profile_that_cannot_be_written_is_one_line_at_the_end(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.long
 @EITHER
 def test_chat(kind):
     said = succeeded(mlx_lm(kind, "chat", "--max-tokens", 4, "--temp", 0, stdin="hello\nand now\nq\n"))
@@ -56,7 +55,6 @@ def test_chat(kind):
     assert said.rstrip().endswith("bye\x1b[0m")
 
 
-@pytest.mark.long
 @EITHER
 def test_a_cache_that_cache_prompt_wrote_serves_generate(kind, tmp_path):
     file = ("--prompt-cache-file", tmp_path / "cache.safetensors")
@@ -64,7 +62,6 @@ def test_a_cache_that_cache_prompt_wrote_serves_generate(kind, tmp_path):
     assert generated(mlx_lm(kind, "generate", "--prompt", "more", "-m", 3, "--temp", 0, *file))
 
 
-@pytest.mark.long
 @EITHER
 def test_benchmark(kind):
     measured = succeeded(mlx_lm(kind, "benchmark", "-p", 8, "-g", 4, "-n", 1))
@@ -76,7 +73,6 @@ def test_benchmark(kind):
 # The server
 
 
-@pytest.mark.long
 @EITHER
 def test_server(kind, tmp_path):
     profile, log = tmp_path / "use.npz", tmp_path / "log"
@@ -110,7 +106,6 @@ def perplexity(kind: str, folder: Path, settings: dict | None = None) -> float:
     return float(re.search(r"Perplexity: ([\d.]+)", printed)[1])
 
 
-@pytest.mark.long
 @needs("datasets")
 def test_perplexity_of_a_local_folder(tmp_path):
     folder = tmp_path / "sentences"
@@ -146,7 +141,6 @@ metric_list: [{metric: exact_match}]
 """
 
 
-@pytest.mark.long
 @needs("lm_eval")
 @needs("datasets")
 @pytest.mark.parametrize("kind", KINDS)

@@ -73,7 +73,7 @@ def interrupted(nth: int, work) -> bool:
 POOL_CODE = {module.__file__ for module in (pool_module, reader_module, residents_module, banks_module)}
 
 
-@pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("what", ["together", "waves", "guess", "preload"])
 def test_an_interrupt_at_any_line_leaves_the_next_call_right(make, what, in_place):
     pool, rng = make(7, in_place=in_place), np.random.default_rng(0)
