@@ -95,6 +95,7 @@ def test_a_batch_answers_each_question(run_here):
     }
 
 
+@pytest.mark.long
 def test_a_sweep_shows_more_hits_with_more_memory(run_here, tmp_path):
     rows = re.findall(r"(\d+)% resident: +([\d.]+)% hits, +([\d.]+) tokens/s", run_here("budget_sweep"))
     assert [row[0] for row in rows] == ["15", "25", "50", "75"]

@@ -14,6 +14,8 @@ from patience import DEADLINE
 EITHER = pytest.mark.parametrize("kind", KINDS)
 EXTRA = "the extra is missing: pip install 'mlx-mimo[evaluate]'"
 
+pytestmark = pytest.mark.long
+
 
 def needs(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=EXTRA)
@@ -28,7 +30,6 @@ def test_generate_needs_trust_remote_code_where_the_bridge_is_on():
     assert "trust_remote_code" in refused.stderr
 
 
-@pytest.mark.long
 def test_generate_runs_without_the_flag_where_the_bridge_is_off():
     assert len(generated(mlx_lm("stock", "generate", *GREEDY))) > 1
 
@@ -40,7 +41,6 @@ def test_generate_with_streamed_experts_gives_the_text_of_the_resident_model(tmp
     assert profile.exists(), "our residency did not run"
 
 
-@pytest.mark.long
 def test_a_profile_that_cannot_be_written_is_one_line_at_the_end(tmp_path):
     profile = tmp_path / "no such folder" / "use.npz"
     result = mlx_lm("bridged", "generate", *GREEDY, settings={"MLX_MIMO_PROFILE": str(profile)})
@@ -49,7 +49,6 @@ def test_a_profile_that_cannot_be_written_is_one_line_at_the_end(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.long
 @EITHER
 def test_chat_answers(kind):
     said = succeeded(mlx_lm(kind, "chat", "--max-tokens", 4, "--temp", 0, stdin="hello\nand now\nq\n"))
@@ -57,7 +56,6 @@ def test_chat_answers(kind):
     assert said.rstrip().endswith("bye\x1b[0m")
 
 
-@pytest.mark.long
 @EITHER
 def test_a_cache_that_cache_prompt_wrote_serves_generate(kind, tmp_path):
     file = ("--prompt-cache-file", tmp_path / "cache.safetensors")
@@ -65,7 +63,6 @@ def test_a_cache_that_cache_prompt_wrote_serves_generate(kind, tmp_path):
     assert generated(mlx_lm(kind, "generate", "--prompt", "more", "-m", 3, "--temp", 0, *file))
 
 
-@pytest.mark.long
 @EITHER
 def test_benchmark_runs(kind):
     measured = succeeded(mlx_lm(kind, "benchmark", "-p", 8, "-g", 4, "-n", 1))
@@ -77,7 +74,6 @@ def test_benchmark_runs(kind):
 # The server
 
 
-@pytest.mark.long
 @EITHER
 def test_server_answers(kind, tmp_path):
     profile, log = tmp_path / "use.npz", tmp_path / "log"
@@ -111,7 +107,6 @@ def perplexity(kind: str, folder: Path, settings: dict | None = None) -> float:
     return float(re.search(r"Perplexity: ([\d.]+)", printed)[1])
 
 
-@pytest.mark.long
 @needs("datasets")
 def test_perplexity_of_a_local_folder(tmp_path):
     folder = tmp_path / "sentences"
@@ -147,7 +142,6 @@ metric_list: [{metric: exact_match}]
 """
 
 
-@pytest.mark.long
 @needs("lm_eval")
 @needs("datasets")
 @pytest.mark.parametrize("kind", KINDS)
