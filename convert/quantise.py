@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlx_mimo.device import choose as choose_device
+
 from .recipe import Quantisation
 
 
@@ -61,6 +63,7 @@ def _encode_numba(values: np.ndarray, quantisation: Quantisation) -> Encoded:
 def _encode_mlx(values: np.ndarray, quantisation: Quantisation) -> Encoded:
     import mlx.core as mx
 
+    choose_device()
     weight = mx.array(bfloat16(values)).view(mx.bfloat16)
     options = {"group_size": quantisation.group_size, "bits": quantisation.bits, "mode": quantisation.mode}
     arrays = mx.quantize(weight, **options)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from . import device
 from .errors import MimoError, UsageError
 from .runtime.budget import parse_size, parse_speed
 from .runtime.machine import Given
@@ -173,10 +174,14 @@ def json_object(text: str) -> dict:
     return value
 
 
-def run(command: Callable[[], int | None]) -> int:
-    """Runs a command: our errors become one line on stderr, Ctrl-C and a closed pipe end it quietly."""
+def run(command: Callable[[], int | None], computes: bool = True) -> int:
+    """Runs a command: our errors become one line on stderr, Ctrl-C and a closed pipe end it quietly.
+
+    One that `computes` does so where MLX_MIMO_DEVICE says; for others MLX need not even be loaded.
+    """
     name = Path(sys.argv[0]).stem if sys.argv[0].endswith(".py") else sys.argv[0]
     try:
+        device.choose() if computes else device.asked()
         code = command() or 0
         sys.stdout.flush()
         return code

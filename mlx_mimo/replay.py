@@ -177,7 +177,7 @@ def plot(path: Path, name: str, rows: list[Row]) -> None:
 
 def main() -> int:
     args = build_parser().parse_args()
-    return run(lambda: replay(args))
+    return run(lambda: replay(args), computes=False)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from ..device import check as check_device
 from ..errors import MimoError, UsageError
 from ..experts.banks import slot_bytes
 from ..experts.record import PROJECTIONS, ExpertFile, expert_files
@@ -96,6 +97,7 @@ class Settings:
 
 def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.Module], type]:
     """(Model, ModelArgs) for mlx-lm's loader, bound to `directory` and to the environment's settings."""
+    check_device()
     settings = settings or Settings.from_environment()
     directory = Path(directory)
 

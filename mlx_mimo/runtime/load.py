@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cpu import adapt
+from ..device import choose as choose_device
 from ..errors import FormatError, MimoError, UsageError
 from ..experts.header import read_header
 from ..experts.record import expert_files
@@ -47,6 +48,7 @@ def load(
     The model works in mlx_lm's generate, stream_generate and batch_generate; `model.residency` holds the counters.
     Raises FormatError, MimoError or UsageError, each naming the file or field.
     """
+    choose_device()
     if expert_memory not in ("auto", "all"):
         expert_memory = parse_size(expert_memory)
     check_reader_threads(reader_threads)

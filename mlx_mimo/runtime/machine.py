@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+from .. import device
 from ..errors import UsageError
 from .budget import GB, ItemBytes, available_memory, format_size, item_bytes
 
@@ -173,11 +174,19 @@ def _check_free(available: int | None, memory: int) -> None:
 
 
 def backend_and_limits() -> tuple[str, dict]:
-    """("metal", MLX's device information) on a Mac; ("cpu", {}) or ("cuda", …) elsewhere."""
+    """("metal", MLX's device information) on a Mac; ("cpu", {}) or ("cuda", …) elsewhere, or where the environment
+    chooses the CPU. Raises UsageError where it chooses a GPU and there is none.
+    """
+    asked = device.asked()
+    if asked == "cpu":
+        return "cpu", {}
     if platform.system() != "Darwin" and not _cuda_wheel():
+        if asked == "gpu":
+            raise UsageError(device.NO_GPU)
         return "cpu", {}
     import mlx.core as mx
 
+    device.choose()
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu", {}
     return ("metal" if mx.metal.is_available() else "cuda"), mx.device_info()

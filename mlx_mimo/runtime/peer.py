@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..device import choose as choose_device
 from ..errors import MimoError
 from ..experts.header import read_header
 
@@ -21,6 +22,7 @@ NAME = "mlx-lm"
 def main() -> None:
     import mlx.core as mx
 
+    choose_device()
     model = load_peer(Path(sys.argv[1]))
     answer({"ready": True})
     for line in sys.stdin:
