@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_mimo import device
 from mlx_mimo.errors import MimoError, UsageError
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def dry_run(source: "Source", recipe: "Recipe") -> int:
 
 def main(argv: list[str] | None = None) -> int:
     try:
+        device.asked()  # refused before anything is read, should it be wrong
         return run(sys.argv[1:] if argv is None else argv)
     except MimoError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_mimo.checkpoint.quantization import Quantization
+from mlx_mimo.device import choose as choose_device
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def _encode_numba(values: np.ndarray, quantization: Quantization) -> Encoded:
 def _encode_mlx(values: np.ndarray, quantization: Quantization) -> Encoded:
     import mlx.core as mx
 
+    choose_device()
     weight = mx.array(bfloat16(values)).view(mx.bfloat16)
     options = {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
     arrays = mx.quantize(weight, **options)

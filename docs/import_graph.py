@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_mimo"
-BASE = frozenset({"errors", "units"})  # any room may import these
+BASE = frozenset({"device", "errors", "units"})  # any room may import these
 
 # From the top down: a room imports only what stands in its line, and BASE.
 ARROWS: Mapping[str, frozenset[str]] = {
@@ -24,7 +24,7 @@ ARROWS: Mapping[str, frozenset[str]] = {
         "bench": "arguments checkpoint config convert experts planning runtime",
         "bridge": "arguments checkpoint config cpu experts models planning runtime",
         "compare": "arguments config runtime",
-        "doctor": "arguments checkpoint config convert planning",
+        "doctor": "arguments checkpoint config convert cpu planning",
         "generate": "arguments console planning runtime",
         "plan": "arguments checkpoint config demo experts planning",
         "replay": "arguments experts",
@@ -39,6 +39,7 @@ ARROWS: Mapping[str, frozenset[str]] = {
         "config": "",
         "checkpoint": "",
         "console": "",
+        "device": "",
         "demo": "",
         "units": "",
         "errors": "",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from . import device
 from .errors import MimoError, UsageError
 from .planning.machine import Given
 from .units import parse_size, parse_speed
@@ -176,11 +177,12 @@ def json_object(text: str) -> dict:
     return value
 
 
-def run(command: Callable[[], int | None]) -> int:
+def run(command: Callable[[], int | None], computes: bool = True) -> int:
     """Runs a command and returns its exit code. A MimoError becomes one line on stderr; Ctrl-C and a closed pipe end
-    the command quietly."""
+    the command quietly. A command that `computes` does so where MLX_MIMO_DEVICE says; others do not load MLX for it."""
     name = Path(sys.argv[0]).stem if sys.argv[0].endswith(".py") else sys.argv[0]
     try:
+        device.choose() if computes else device.asked()
         code = command() or 0
         sys.stdout.flush()
         return code

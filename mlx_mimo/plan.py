@@ -245,7 +245,7 @@ def print_table(subject: Subject, context: int, plans: list[Plan]) -> None:
 
 def main() -> int:
     args = build_parser().parse_args()
-    return run(lambda: plan(args))
+    return run(lambda: plan(args), computes=False)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def plot(path: Path, name: str, rows: list[ReplayRow]) -> None:
 
 def main() -> int:
     args = build_parser().parse_args()
-    return run(lambda: replay(args))
+    return run(lambda: replay(args), computes=False)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,17 @@ from converted import converted_directory
 from patience import DEADLINE, wait_until
 
 from mlx_mimo.bridge import __main__ as bridge
+from mlx_mimo.device import VARIABLE
 
 STREAMED = {"MLX_MIMO_EXPERT_MEMORY": "120KB"}  # a third of the experts
 KINDS = ("stock", "bridged")
+# mlx-lm keeps the device that is the default when it is imported: the tests' device is chosen before.
+START = """
+import runpy
+from mlx_mimo.device import choose
+choose()
+runpy.run_module("mlx_lm", run_name="__main__")
+"""
 
 
 def bridged_directory(source: Path | None = None) -> Path:
@@ -57,7 +65,8 @@ def model_flags(kind: str, source: Path | None = None) -> tuple[str, ...]:
 def environment(kind: str, settings: dict | None = None) -> dict:
     """Stock commands run without mx.compile, which on a CPU is a run of a C++ compiler for each fused kernel; the
     bridge turns it off by itself."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLX_MIMO_", "MLX_DISABLE"))}
+    dropped = ("MLX_MIMO_", "MLX_DISABLE")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(dropped) or key == VARIABLE}
     own = {"MLX_DISABLE_COMPILE": "1"} if kind == "stock" else STREAMED
     return inherited | {"HF_HUB_OFFLINE": "1"} | own | (settings or {})
 
@@ -79,7 +88,7 @@ def mlx_lm(
     if saved is not None:
         model[1] = str(saved)
     return subprocess.run(
-        [sys.executable, "-m", "mlx_lm", command, *model, *map(str, arguments)],
+        [sys.executable, "-c", START, command, *model, *map(str, arguments)],
         input=stdin,
         capture_output=True,
         text=True,
@@ -95,7 +104,7 @@ def mlx_lm_server(kind: str, log: Path, *arguments: str, settings: dict | None =
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_lm", "server", *model_flags(kind), "--port", str(port), *arguments]
+    command = [sys.executable, "-c", START, "server", *model_flags(kind), "--port", str(port), *arguments]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment(kind, settings))
     try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.directory import MTP_FILE, weight_files
 from ..checkpoint.header import read_header
+from ..device import choose as choose_device
 from ..errors import MimoError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ NAME = "mlx-lm"
 def main() -> None:
     import mlx.core as mx
 
+    choose_device()
     model = load_peer(Path(sys.argv[1]))
     answer({"ready": True})
     for line in sys.stdin:

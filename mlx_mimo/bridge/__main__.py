@@ -99,7 +99,7 @@ def bridge(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = build_parser().parse_args()
-    return run(lambda: bridge(args))
+    return run(lambda: bridge(args), computes=False)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from ..checkpoint.directory import Directory
 from ..checkpoint.record import PROJECTIONS, ExpertFile
 from ..config.model_args import ModelArgs
+from ..device import check as check_device
 from ..errors import MimoError, UsageError
 from ..experts.banks import slot_bytes
 from ..experts.residency import attach
@@ -109,6 +110,7 @@ class Settings:
 def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.Module], type]:
     """Returns (Model, ModelArgs) for mlx-lm's loader, bound to `directory` and `settings` (default: the environment's).
     Raises UsageError for a wrong variable, and MimoError for one that needs residency where experts are stacked."""
+    check_device()
     settings = settings or Settings.from_environment()
     files = Directory(directory)
 

@@ -9,8 +9,6 @@ import functools
 
 from threadpoolctl import ThreadpoolController
 
-from . import kernels
-
 WORTH_WAKING = 2**26  # multiplications: at about 50 a nanosecond a core, this is a millisecond
 
 
@@ -22,6 +20,15 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
+def limitable() -> list[str]:
+    """The BLAS libraries that `limited` limits, with their versions. There is none where NumPy's BLAS is one that
+    threadpoolctl does not know, as Accelerate is in NumPy's wheels for macOS; `limited` does nothing then.
+    """
+    return [f"{library['internal_api']} {library['version'] or ''}".strip() for library in _libraries().info()]
+
+
 def limited(multiplications: int) -> contextlib.AbstractContextManager:
     """A context in which BLAS uses one thread for little work and the kernels' number for more."""
+    from . import kernels  # here: `limitable` needs no compiled kernels
+
     return _libraries().limit(limits=kernels.threads() if multiplications >= WORTH_WAKING else 1)

@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..errors import MimoError
+from .. import device
+from ..errors import MimoError, UsageError
 from ..planning.backend import backend_and_limits
 from ..planning.budget import CHUNK, estimate, item_bytes, usual_context
 from ..planning.forecast import fit_on
@@ -22,6 +23,7 @@ OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 LEAST_OPEN_FILES = 256
 SMALLEST_RECIPE = "2bit"
 SIMULATED = ", simulated"
+UNKNOWN = "not known of another machine"
 HERE = Given()
 
 
@@ -44,14 +46,16 @@ def machine_checks(given: Given = HERE) -> Iterator[Check]:
     if given.elsewhere:
         machine = machine_with(given)
         yield Check("backend", OK, machine.backend + SIMULATED)
+        yield Check("blas", SKIPPED, UNKNOWN)
         yield _memory(machine.memory, machine.available, machine.backend, SIMULATED)
         yield _simulated_working_set(machine)
-        yield Check("limits.buffer", SKIPPED, "not known of another machine")
+        yield Check("limits.buffer", SKIPPED, UNKNOWN)
     else:
         import psutil
 
-        backend, limits = _backend()
-        yield Check("backend", OK, given.backend + SIMULATED) if given.backend else _backend_check(backend)
+        backend, limits, why_none = _backend()
+        yield Check("backend", OK, given.backend + SIMULATED) if given.backend else _backend_check(backend, why_none)
+        yield _blas(given.backend or backend)
         memory = psutil.virtual_memory()
         free = given.available or memory.available
         yield _memory(memory.total, free, given.backend or backend, SIMULATED if given.available else "")
@@ -82,22 +86,53 @@ def _package(name: str, least: str, below: str | None) -> Check:
     return Check(name, OK, found)
 
 
-def _backend() -> tuple[str | None, dict[str, Any]]:
+def _backend() -> tuple[str | None, dict[str, Any], str]:
+    """(name, limits, why there is none)"""
     try:
-        return backend_and_limits()
+        return *backend_and_limits(), ""
+    except UsageError as error:
+        return None, {}, str(error)
     except (ImportError, RuntimeError):
-        return None, {}
+        return None, {}, "MLX cannot be loaded"
 
 
-def _backend_check(backend: str | None) -> Check:
+def _backend_check(backend: str | None, why_none: str) -> Check:
+    asked = device.asked()
     if backend is None:
-        return Check("backend", FAILED, "MLX cannot be loaded", "pip install --force-reinstall mlx")
+        hint = f"unset {device.VARIABLE}" if asked == "gpu" else "pip install --force-reinstall mlx"
+        return Check("backend", FAILED, why_none, hint)
+    chosen = f", as {device.VARIABLE} says" if asked else ""
     if backend != "cpu":
-        return Check("backend", OK, backend)
+        return Check("backend", OK, backend + chosen)
     try:
-        return Check("backend", OK, f"cpu, kernels by numba {version('numba')}")
+        return Check("backend", OK, f"cpu, kernels by numba {version('numba')}{chosen}")
     except PackageNotFoundError:
-        return Check("backend", WARNING, "cpu without numba: many times slower", "pip install 'mlx-mimo[cpu]'")
+        return Check("backend", WARNING, f"cpu without numba: many times slower{chosen}", "pip install 'mlx-mimo[cpu]'")
+
+
+def _blas(backend: str | None) -> Check:
+    """Whether the kernels can keep NumPy's BLAS from taking their cores."""
+    if backend != "cpu":
+        return Check("blas", SKIPPED, "CPU only")
+    try:
+        from ..cpu.blas import limitable
+    except ImportError:
+        return Check("blas", SKIPPED, "without numba nothing limits it")
+    if found := limitable():
+        return Check("blas", OK, f"{', '.join(found)}: threads are limited while kernels run")
+    return Check(
+        "blas",
+        WARNING,
+        f"{numpy_blas()}: a library whose threads cannot be limited while kernels run",
+        "before the start, VECLIB_MAXIMUM_THREADS limits Accelerate's",
+    )
+
+
+def numpy_blas() -> str:
+    """The name that NumPy's build gives its BLAS."""
+    import numpy as np
+
+    return np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
 
 
 def _memory(total: int, available: int, backend: str | None, simulated: str) -> Check:

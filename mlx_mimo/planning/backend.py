@@ -9,13 +9,24 @@ import platform
 import sys
 from typing import Any
 
+from .. import device
+from ..errors import UsageError
+
 
 def backend_and_limits() -> tuple[str, dict[str, Any]]:
-    """("metal", MLX's device information) on a Mac; ("cpu", {}) or ("cuda", …) elsewhere."""
+    """("metal", MLX's device information) on a Mac; ("cpu", {}) or ("cuda", …) elsewhere, or where MLX_MIMO_DEVICE
+    chooses the CPU. Raises UsageError where it chooses a GPU and there is none.
+    """
+    asked = device.asked()
+    if asked == "cpu":
+        return "cpu", {}
     if platform.system() != "Darwin" and not _cuda_wheel():
+        if asked == "gpu":
+            raise UsageError(device.NO_GPU)
         return "cpu", {}
     import mlx.core as mx
 
+    device.choose()
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu", {}
     return ("metal" if mx.metal.is_available() else "cuda"), mx.device_info()

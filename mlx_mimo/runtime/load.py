@@ -10,6 +10,7 @@ import mlx.nn as nn
 from ..checkpoint.directory import Directory
 from ..config.model_args import ModelArgs
 from ..cpu.adapt import adapt
+from ..device import choose as choose_device
 from ..errors import FormatError, MimoError, UsageError
 from ..experts.residency import Residency, attach
 from ..planning.budget import CHUNK, Fit, fit, item_bytes, measure, usual_context
@@ -67,6 +68,7 @@ def load(
     Raises FormatError for a directory that cannot be run, UsageError for a wrong argument, and MimoError where
     arguments and model do not go together or too little memory is free; each names the file or field.
     """
+    choose_device()
     if expert_memory not in ("auto", "all"):
         expert_memory = parse_size(expert_memory)
     check_reader_threads(reader_threads)

@@ -129,7 +129,7 @@ def test_a_disk_limit_shows_in_the_reported_figures(capsys, monkeypatch):
 
 def test_waiting_counts_only_time_that_the_models_thread_spends_on_reads(monkeypatch):
     """A read in the background costs nothing until the model waits for it."""
-    clock, go_on, wait = Clock(), threading.Event(), reader_module.Batch.wait
+    clock, go_on, wait = Clock(), threading.Event(), reader_module.ReadBatch.wait
     monkeypatch.setattr(timing, "time", clock)
     model, _ = load(converted_directory(), expert_memory=200_000)
     reader = model.residency.reader
@@ -149,7 +149,7 @@ def test_waiting_counts_only_time_that_the_models_thread_spends_on_reads(monkeyp
         batch.wait()
         assert waiting.seconds == 0
         go_on.clear()
-        monkeypatch.setattr(reader_module.Batch, "wait", lambda batch: (go_on.set(), wait(batch))[1])
+        monkeypatch.setattr(reader_module.ReadBatch, "wait", lambda batch: (go_on.set(), wait(batch))[1])
         reader.submit([request], background=True).wait()
         assert waiting.seconds == pytest.approx(0.1)
         reader.submit([request])

@@ -126,7 +126,7 @@ def test_the_documented_variables_are_those_of_the_code():
     table = DOCUMENTED.read_text(encoding="utf-8").split("| variable | meaning |", 1)[1].split("\n\n", 1)[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE))
     fields = {bridge_file.PREFIX + field.upper(): text for field, (_, text) in VARIABLES.items()}
-    assert rows.keys() == fields.keys() | {"MLX_MIMO_CPU_KERNELS"}
+    assert rows.keys() == fields.keys() | {"MLX_MIMO_CPU_KERNELS", "MLX_MIMO_DEVICE"}
     for name, text in fields.items():
         assert rows[name].replace("`", "") == text
     assert f"default {Settings().reader_threads}" in rows["MLX_MIMO_READER_THREADS"]

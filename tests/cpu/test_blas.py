@@ -14,6 +14,8 @@ def blas_threads() -> set[int]:
 
 @pytest.fixture
 def two_threads(monkeypatch):
+    if not blas.limitable():
+        pytest.skip("NumPy's BLAS is none that threadpoolctl knows: there is nothing to limit")
     monkeypatch.setattr(kernels, "_threads", 2)
     with blas._libraries().limit(limits=3):
         yield
@@ -35,3 +37,17 @@ def test_a_failure_within_leaves_no_limit_behind(two_threads):
     with pytest.raises(ZeroDivisionError), blas.limited(1000):
         _ = 1 / 0
     assert blas_threads() == {3}
+
+
+def test_with_a_library_that_nobody_can_limit_nothing_is_done(monkeypatch):
+    """As with Accelerate, which NumPy's wheels for macOS bring: threadpoolctl finds no BLAS."""
+    found = blas_threads()
+    monkeypatch.setattr(threadpoolctl.ThreadpoolController, "_load_libraries", lambda self: None)
+    blas._libraries.cache_clear()
+    try:
+        assert blas.limitable() == []
+        with blas.limited(1000):
+            monkeypatch.undo()
+            assert blas_threads() == found
+    finally:
+        blas._libraries.cache_clear()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from converted import converted_directory, fp8_directory, stacked_directory
 
@@ -21,6 +22,7 @@ from mlx_mimo.checkpoint.directory import Directory
 from mlx_mimo.checkpoint.header import read_header
 from mlx_mimo.config import released
 from mlx_mimo.config.model_args import ModelArgs
+from mlx_mimo.doctor import machine_checks as checks
 from mlx_mimo.doctor.__main__ import build_parser, doctor
 from mlx_mimo.doctor.machine_checks import FAILED, OK, SKIPPED, WARNING, disk_kind, mac_disk_kind
 from mlx_mimo.errors import FormatError, UsageError
@@ -36,6 +38,7 @@ MACHINE = [
     "mlx-lm",
     "transformers",
     "backend",
+    "blas",
     "memory",
     "limits.working_set",
     "limits.buffer",
@@ -281,6 +284,56 @@ def test_it_does_little_for_each_tensor_of_the_released_model(release, capsys):
 def test_a_plan_of_everything_does_little(capsys):
     args = plan.build_parser().parse_args(["--all"])
     assert calls(lambda: plan.plan(args)) < 1_000_000  # 480,000 when this was written
+
+
+# The device, and NumPy's BLAS
+
+
+def test_the_device_of_the_environment_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("MLX_MIMO_DEVICE", "cpu")
+    found = run_doctor(capsys)[1]["backend"]
+    assert found["found"].startswith("cpu")
+    assert found["found"].endswith("as MLX_MIMO_DEVICE says")
+
+
+@pytest.mark.skipif(mx.is_available(mx.gpu), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_a_fault_with_a_hint(capsys, monkeypatch):
+    monkeypatch.setenv("MLX_MIMO_DEVICE", "gpu")
+    code, found = run_doctor(capsys)
+    assert (code, found["backend"]["status"], found["backend"]["hint"]) == (1, FAILED, "unset MLX_MIMO_DEVICE")
+    assert "MLX_MIMO_DEVICE=gpu: MLX finds no GPU" in found["backend"]["found"]
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("MLX_MIMO_DEVICE", "cpu")
+
+
+def test_a_blas_that_can_be_limited_is_named(capsys, monkeypatch, on_cpu):
+    blas = pytest.importorskip("mlx_mimo.cpu.blas")
+    monkeypatch.setattr(blas, "limitable", lambda: ["openblas 0.3.31"])
+    found = run_doctor(capsys)[1]["blas"]
+    assert found["status"] == OK
+    assert found["found"].startswith("openblas 0.3.31")
+
+
+def test_a_blas_that_nothing_limits_is_a_warning(capsys, monkeypatch, on_cpu):
+    blas = pytest.importorskip("mlx_mimo.cpu.blas")
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    monkeypatch.setattr(threadpoolctl.ThreadpoolController, "_load_libraries", lambda self: None)
+    monkeypatch.setattr(checks, "numpy_blas", lambda: "accelerate")
+    blas._libraries.cache_clear()
+    try:
+        code, found = run_doctor(capsys)
+    finally:
+        blas._libraries.cache_clear()
+    assert (code, found["blas"]["status"]) == (0, WARNING)
+    assert found["blas"]["found"].startswith("accelerate: a library whose threads cannot be limited")
+    assert "VECLIB_MAXIMUM_THREADS" in found["blas"]["hint"]
+
+
+def test_a_gpu_has_no_use_for_it(capsys):
+    assert run_doctor(capsys, "--sim-backend", "metal")[1]["blas"]["status"] == SKIPPED
 
 
 # Files that cannot be read, and indices that are none
