@@ -34,6 +34,7 @@ from ..runtime.load import (
     cache_limit,
     check_reader_threads,
     expert_limit,
+    is_synchronous,
     on_cpu,
     working_set,
 )
@@ -233,7 +234,7 @@ class _WithResidency(_Bridged, TrunkModel):
         self.loaded = Loaded(
             residency=residency,
             prefill_chunk=found.chunk,
-            synchronous=on_cpu() or not residency.all_resident,
+            synchronous=is_synchronous(residency),
             sampling=generation_defaults(self._directory),
         )
         if settings.trace is not None:
@@ -278,7 +279,7 @@ class _WithResidency(_Bridged, TrunkModel):
                     whole.update(tree_map(_float32, whole.parameters()))
                 mx.eval(whole.parameters())
                 self.layers[layer].mlp.switch_mlp = whole
-            self.loaded.synchronous = on_cpu()
+            self.loaded.synchronous = is_synchronous(None)
         return super().train(mode)
 
     def _fuse(self, layer: int, file: ExpertFile, dequantize: bool = False) -> nn.Module:
