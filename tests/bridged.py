@@ -63,8 +63,8 @@ def model_flags(kind: str, source: Path | None = None) -> tuple[str, ...]:
 
 
 def environment(kind: str, settings: dict | None = None) -> dict:
-    """Stock commands run without mx.compile, which on a CPU is a run of a C++ compiler for each fused kernel; the
-    bridge turns it off by itself."""
+    """The environment of a command. Stock commands get mx.compile turned off, which on a CPU runs a C++ compiler for
+    each fused kernel; the bridge turns it off itself."""
     dropped = ("MLX_MIMO_", "MLX_DISABLE")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(dropped) or key == VARIABLE}
     own = {"MLX_DISABLE_COMPILE": "1"} if kind == "stock" else STREAMED

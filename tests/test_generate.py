@@ -1,4 +1,4 @@
-"""The generate command as a process: what a person types and what they get."""
+"""The generate command as a process: flags, output and exit codes."""
 
 import json
 import os

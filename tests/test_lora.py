@@ -83,7 +83,7 @@ def test_training_changes_every_projection_of_attention(trained):
 
 
 def test_no_kernel_was_compiled_on_the_cpu(trained):
-    """A C++ compiler's run for each would be minutes before the first step."""
+    """Compiling them would take minutes before the first step."""
     assert not [file for file in trained[2].rglob("*") if file.suffix in (".so", ".cpp")]
 
 
@@ -98,7 +98,7 @@ def test_the_demo_learns(data, tmp_path):
 
 
 def adapted(model: nn.Module) -> nn.Module:
-    """With the same adapters on whatever model, none of them zero."""
+    """Puts the same adapters on a model, none of them zero."""
     model.freeze()
     linear_to_lora_layers(model, ALL_LAYERS, LORA | {"keys": ATTENTION})
     mx.random.seed(1)

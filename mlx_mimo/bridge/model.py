@@ -35,6 +35,7 @@ from ..runtime.load import (
     cache_limit,
     check_reader_threads,
     expert_limit,
+    is_synchronous,
     on_cpu,
     working_set,
 )
@@ -236,8 +237,8 @@ class _WithResidency(_Bridged, TrunkModel):
         self.loaded = Loaded(
             residency=residency,
             prefill_chunk=found.chunk,
-            synchronous=on_cpu() or not residency.all_resident,
-            sampling=generation_defaults(self._directory),
+            synchronous=is_synchronous(residency),
+            sampling=generation_defaults(self._directory.path),
         )
         if settings.trace is not None:
             residency.trace_to(settings.trace)
@@ -281,7 +282,7 @@ class _WithResidency(_Bridged, TrunkModel):
                     whole.update(tree_map(_float32, whole.parameters()))
                 mx.eval(whole.parameters())
                 self.layers[layer].mlp.switch_mlp = whole
-            self.loaded.synchronous = on_cpu()
+            self.loaded.synchronous = is_synchronous(None)
         return super().train(mode)
 
     def _fuse(self, layer: int, file: ExpertFile, dequantize: bool = False) -> nn.Module:

@@ -61,7 +61,7 @@ class SlidingKVCache(_BaseCache):
 
     @property
     def kept(self) -> int:
-        """Number of tokens that are never dropped: those the next query sees besides its own, and the slack."""
+        """Number of tokens that are never dropped: the keys that the next query sees except its own, and the slack."""
         return self.max_size - 1 + self.slack
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

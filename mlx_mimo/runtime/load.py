@@ -106,7 +106,7 @@ def load(
     model.loaded = Loaded(
         residency=residency,
         prefill_chunk=found.chunk,
-        synchronous=on_cpu() or (residency is not None and not residency.all_resident),
+        synchronous=is_synchronous(residency),
         sampling=generation_defaults(directory.path),
     )
     try:
@@ -133,6 +133,11 @@ def check_reader_threads(count: int) -> int:
 
 def on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
+
+
+def is_synchronous(residency: Residency | None) -> bool:
+    """Whether layers wait for the host: on a CPU, whose kernels do, and where experts are streamed."""
+    return on_cpu() or (residency is not None and not residency.all_resident)
 
 
 def cache_limit() -> int:

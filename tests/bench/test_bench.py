@@ -141,7 +141,7 @@ def test_waiting_counts_only_time_that_the_models_thread_spends_on_reads(monkeyp
 
     reader._preadv = preadv
     layer, file = next(iter(reader.files.items()))
-    request = (layer, 0, [memoryview(bytearray(file.layout.nbytes))])
+    request = reader_module.ReadRequest(layer, 0, [memoryview(bytearray(file.layout.nbytes))])
     with timing.Waiting(reader) as waiting:
         batch = reader.submit([request], background=True)
         go_on.set()

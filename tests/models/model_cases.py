@@ -1,4 +1,4 @@
-"""Random models that differ where an implementation could go wrong, and what loads them into MLX."""
+"""Random models that differ where an implementation could be wrong, and functions that run them in MLX."""
 
 import functools
 import hashlib
@@ -30,7 +30,7 @@ class Case:
 
     @property
     def windows(self) -> tuple[int, int]:
-        """Keys seen in the two readings of `sliding_window_size`: without and with the query's own on top."""
+        """Keys that a query sees in the two readings of `sliding_window_size`: its own counted within, or on top."""
         size = self.config["sliding_window_size"]
         return size, size + 1
 

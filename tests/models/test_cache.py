@@ -1,4 +1,4 @@
-"""KV caches: what they hand to attention, taking tokens back, and mlx-lm's ways of using them."""
+"""KV caches: the keys and values that attention gets, rollback, and use by mlx-lm."""
 
 import copy
 import random
@@ -29,7 +29,7 @@ def model():
 
 
 def block(start: int, length: int) -> tuple[mx.array, mx.array]:
-    """Keys and values (1, 2, length, 1) that say which token they are of."""
+    """Keys and values (1, 2, length, 1) whose numbers tell their token."""
     keys = mx.broadcast_to(mx.arange(start, start + length, dtype=mx.float32)[None, None, :, None], (1, 2, length, 1))
     return keys, keys + 0.5
 
@@ -171,7 +171,7 @@ def test_batch_caches_merge_extend_filter_and_extract(model):
         caches.append(cache)
 
     def step(cache: list, rows: list[int], done: int) -> np.ndarray:
-        """One more token for each of `rows`, `done` having been fed before."""
+        """Computes one more token for each of `rows` after `done` tokens."""
         ids = [[int(tokens[0, starts[i] + lengths[i] + done])] for i in rows]
         return np.array(model(mx.array(ids), cache))[:, -1]
 
@@ -224,7 +224,7 @@ def test_a_cache_that_was_saved_and_loaded_continues(model, tmp_path, length):
 
 
 def test_mlx_lms_prompt_cache_never_returns_a_wrong_cache(model):
-    """It trims longer entries to a common prefix wherever they say that they can be trimmed."""
+    """It trims longer entries to a common prefix where `is_trimmable` allows it."""
     tokens = CASE.tokens()[0].tolist()
     store = LRUPromptCache()
     for length in (40, 300):

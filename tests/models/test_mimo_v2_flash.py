@@ -66,7 +66,7 @@ def test_prompts_about_as_long_as_the_released_window(models, length, border):
 
 
 @ALL_CASES
-def test_both_readings_of_the_window(models, name):
+def test_both_readings_of_the_window_equal_the_golden_logits(models, name):
     case = CASES[name]
     tokens = case.tokens()
     small, large = case.windows
@@ -113,7 +113,7 @@ def test_mlx_lms_own_model_equals_ours_at_its_window():
 
 
 def flat_map_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
-    """The weights that a reader sees who takes the K/V chain of global layers for plain blocks."""
+    """The weights after a wrong dequantisation, which takes the K/V chain of global layers for plain blocks."""
     stored, weights = checkpoints.make_tensors(config, seed, mtp=False)
     for name in stored:
         if name.endswith(("k_proj.weight", "v_proj.weight")):

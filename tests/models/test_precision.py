@@ -1,4 +1,4 @@
-"""Float32 products on devices that would shorten them."""
+"""Float32 matrix products on devices that compute them with a shorter mantissa."""
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ def normal(*shape: int, seed: int, dtype=mx.float32) -> mx.array:
 
 
 def shortened(x: mx.array) -> mx.array:
-    """To TF32's 10 bits of mantissa, to nearest."""
+    """x rounded to nearest at TF32's 10 bits of mantissa."""
     bits = x.view(mx.uint32)
     return ((bits + 0x1000) & 0xFFFFE000).view(mx.float32)
 

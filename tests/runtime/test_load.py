@@ -1,4 +1,4 @@
-"""load and stream_generate: the tokens of mlx-lm's loops, at every budget; clear words for bad directories."""
+"""load: the tokens of mlx-lm's loops at every budget, and errors that name what is wrong with a directory."""
 
 import json
 import shutil
@@ -76,77 +76,10 @@ def test_the_prefill_chunk_does_not_change_the_tokens(resident, chunk):
     assert greedy(model, tokenizer, prefill_step_size=chunk) == greedy(model, tokenizer)
 
 
-def test_both_orders_of_the_step_loop_give_the_same_tokens(resident):
-    model, tokenizer = resident
-    assert model.loaded.synchronous  # CPU
-    expected = greedy(model, tokenizer)
-    model.loaded.synchronous = False
-    try:
-        assert greedy(model, tokenizer) == expected
-    finally:
-        model.loaded.synchronous = True
-
-
-def test_the_next_forward_pass_begins_after_the_token_was_handed_out(resident):
-    model, tokenizer = resident
-    calls = []
-
-    class Counting:
-        args, loaded = model.args, model.loaded
-        make_cache, prefill = model.make_cache, model.prefill
-
-        def __call__(self, *args, **keywords):
-            calls.append(1)
-            return model(*args, **keywords)
-
-    steps = stream_generate(Counting(), tokenizer, PROMPT, max_tokens=3)
-    next(steps)
-    assert len(calls) == 1
-    assert len([*steps]) == 2
-    assert len(calls) == 3  # none is wasted at the end
-
-
-def test_the_last_response_says_why_it_ended_and_counts_tokens(resident):
-    model, tokenizer = resident
-    responses = list(stream_generate(model, tokenizer, PROMPT, max_tokens=5))
-    assert [r.finish_reason for r in responses] == [None] * 4 + ["length"]
-    assert [r.generation_tokens for r in responses] == [1, 2, 3, 4, 5]
-    assert responses[-1].prompt_tokens == len(PROMPT)
-
-
-def test_an_end_token_ends_the_answer_and_is_not_shown(resident):
-    model, tokenizer = resident
-    third = greedy(model, tokenizer, n=3)[2]
-    before = set(tokenizer.eos_token_ids)
-    tokenizer.eos_token_ids = before | {third}
-    try:
-        responses = list(stream_generate(model, tokenizer, PROMPT, max_tokens=9))
-    finally:
-        tokenizer.eos_token_ids = before
-    first = greedy(model, tokenizer, n=3).index(third) + 1
-    assert len(responses) == first
-    assert responses[-1].finish_reason == "stop"
-
-
 def test_every_end_token_of_generation_config_is_the_tokenizers(resident):
     _, tokenizer = resident
     fields = json.loads((fp8_directory() / "generation_config.json").read_text())
     assert set(fields["eos_token_id"]) <= set(tokenizer.eos_token_ids)
-
-
-def test_logits_processors_see_prompt_and_answer(resident):
-    model, tokenizer = resident
-    seen = []
-
-    def forbid_repeats(tokens, logits):
-        seen.append(tokens.size)
-        logits[:, tokens] = -mx.inf
-        return logits
-
-    tokens = greedy(model, tokenizer, n=6, logits_processors=[forbid_repeats])
-    assert not set(tokens) & set(PROMPT)
-    assert len(set(tokens)) == len(tokens)
-    assert seen == [len(PROMPT) + i for i in range(6)]
 
 
 def test_sliding_window_is_the_number_of_keys_that_a_query_sees():
@@ -269,14 +202,6 @@ def test_bench_and_compare_pass_reader_threads_to_load(tmp_path):
 def test_load_rejects_reader_threads_out_of_range(count):
     with pytest.raises(UsageError, match=f"1 to 64 expected, {count} found"):
         load(converted_directory(), reader_threads=count)
-
-
-def test_stream_generate_rejects_empty_and_too_long_prompts(resident):
-    model, tokenizer = resident
-    with pytest.raises(UsageError, match="empty"):
-        next(stream_generate(model, tokenizer, []))
-    with pytest.raises(UsageError, match="max_position_embeddings"):
-        next(stream_generate(model, tokenizer, [65] * (model.args.max_position_embeddings + 1)))
 
 
 @pytest.mark.parametrize("failing", ["adapter", "trace", "tokenizer"])
