@@ -198,3 +198,20 @@ def test_imports_within_functions_and_of_folders_are_seen():
     assert {"runtime.load", "runtime.stream"} <= GRAPH["imports_of"]("generate")
     assert "cpu.__init__" in GRAPH["imports_of"]("runtime.compute")
     assert "checkpoint.header" in GRAPH["imports_of"]("convert.source")
+
+
+ARCHITECTURE = runpy.run_path(str(DOCS / "make_architecture.py"))
+
+
+def test_the_architecture_page_lists_every_folder_and_file():
+    text = (DOCS / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert text == ARCHITECTURE["page"](text), "run: python docs/make_architecture.py"
+
+
+def test_every_file_says_what_it_is():
+    assert [name for name in GRAPH["modules"]() if len(ARCHITECTURE["said"](name)) < 15] == []
+
+
+def test_files_are_listed_above_those_that_they_import():
+    arrows = {"a": {"c"}, "b": set(), "c": {"b"}}
+    assert ARCHITECTURE["in_order"](dict.fromkeys("abc", Path()), arrows) == ["a", "c", "b"]
