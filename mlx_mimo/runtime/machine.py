@@ -247,7 +247,8 @@ def copy_speed(nbytes: int = 1 << 26, repeats: int = 3) -> float:
 def read_speed(files: Sequence[Path], seconds: float = 0.15, piece: int = 1 << 22, threads: int = 4) -> float | None:
     """Bytes a second of parallel reads from `files`, past the page cache where the system allows it.
 
-    None where there is too little to measure, or nothing that can be read. Stops after `seconds`; each thread reads one piece at least.
+    None where there is too little to measure, or nothing that can be read. Stops after `seconds`; each thread reads one
+    piece at least.
     """
     from concurrent.futures import ThreadPoolExecutor
 
