@@ -12,7 +12,7 @@ from pathlib import Path
 from mlx_mimo.arguments import load_options
 from mlx_mimo.server.__main__ import build_parser, complete
 from mlx_mimo.server.running import Running
-from mlx_mimo.server.worker import wait_until
+from mlx_mimo.server.waiting import wait_until
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ LEAST_OPEN_FILES = 256
 SMALLEST_RECIPE = "2bit"
 SIMULATED = ", simulated"
 HERE = Given()
+# The versions of which tests/server/test_mlx_lm_private.py knows the signatures that the server uses.
+MLX_LM_LEAST, MLX_LM_BELOW = "0.32.2", "0.32.3"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def machine_checks(given: Given = HERE) -> Iterator[Check]:
     """This installation, and this machine or the one that is described."""
     yield _python()
     yield _package("mlx", "0.32.1", None)
-    yield _package("mlx-lm", "0.32.2", "0.33")
+    yield _package("mlx-lm", MLX_LM_LEAST, MLX_LM_BELOW)
     yield _package("transformers", "5.20", "6")
     if given.elsewhere:
         machine = machine_with(given)

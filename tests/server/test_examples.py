@@ -52,7 +52,7 @@ def test_the_model_is_offered_a_function(demo):
     assert result.stdout.strip()
 
 
-def test_a_short_soak_is_stood(demo):
+def test_a_short_soak_succeeds(demo):
     result = example("server_soak", "--url", demo[0], "--pid", demo[1].pid, "--minutes", 0.2, "--deadline", 60)
     report = json.loads(result.stdout)
     assert result.returncode == 0, report
