@@ -5,7 +5,7 @@ from checkpoints import tiny_config
 
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.models.mimo_v2_flash import Model
-from mlx_mimo.server.prompt_cache import Checkpoint, Entry
+from mlx_mimo.server.engine.prompt_cache import Checkpoint, Entry
 
 PAST = [(7 * i) % 250 for i in range(400)]  # far past the window (16 keys) and its slack
 

@@ -3,17 +3,20 @@
 import errno
 import json
 import socket
+from http.client import HTTPResponse
 from urllib.parse import urlsplit
 
 import requests
-from patience import DEADLINE, wait_until
+from patience import DEADLINE
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 CHAT = "/v1/chat/completions"
 
 
 def raw(server, data: bytes, close_write: bool = True, timeout: float = DEADLINE) -> tuple[int, dict]:
-    """Sends bytes as they are; the status and the JSON body that come back."""
+    """Sends bytes as they are; the status and the JSON body that come back, read to their length: a connection that is
+    kept alive has no end.
+    """
     parts = urlsplit(server.url)
     with socket.create_connection((parts.hostname, parts.port), timeout=timeout) as connection:
         connection.sendall(data)
@@ -23,11 +26,9 @@ def raw(server, data: bytes, close_write: bool = True, timeout: float = DEADLINE
             except OSError as error:  # answered, and no longer waited for: what it said is still to be read
                 if error.errno != errno.ENOTCONN:
                     raise
-        answer = b""
-        while piece := connection.recv(65536):
-            answer += piece
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return int(head.split()[1]), json.loads(body)
+        answer = HTTPResponse(connection)
+        answer.begin()
+        return answer.status, json.loads(answer.read())
 
 
 def post(server, body, path: str = CHAT, **headers) -> requests.Response:
@@ -40,8 +41,3 @@ def refused(response: requests.Response, status: int) -> dict:
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
-
-
-def wait_for_an_empty_house(server) -> None:
-    """Until the connections of earlier tests are closed."""
-    assert wait_until(lambda: server.httpd._room._value == server.httpd.most_connections)

@@ -25,6 +25,8 @@ SMALLEST_RECIPE = "2bit"
 SIMULATED = ", simulated"
 UNKNOWN = "not known of another machine"
 HERE = Given()
+# The versions of which tests/server/test_mlx_lm_private.py knows the signatures that the server uses.
+MLX_LM_LEAST, MLX_LM_BELOW = "0.32.2", "0.32.3"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def machine_checks(given: Given = HERE) -> Iterator[Check]:
     """The checks of this installation, and of this machine or the given one."""
     yield _python()
     yield _package("mlx", "0.32.1", None)
-    yield _package("mlx-lm", "0.32.2", "0.33")
+    yield _package("mlx-lm", MLX_LM_LEAST, MLX_LM_BELOW)
     yield _package("transformers", "5.20", "6")
     if given.elsewhere:
         machine = machine_with(given)

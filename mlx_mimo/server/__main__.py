@@ -21,7 +21,7 @@ from ..arguments import (
 )
 from ..errors import MimoError, UsageError
 from ..units import parse_size
-from .access import host_name, is_loopback, page_origin
+from .http.access import host_name, is_loopback, page_origin
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -114,7 +114,7 @@ def _size(text: str) -> int:
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Checks flags against each other and fills in what mlx-lm's classes look for."""
+    """Checks flags against each other and fills in their defaults. Raises UsageError."""
     args.api_key = args.api_key or os.environ.get("MLX_MIMO_API_KEY") or None
     if not is_loopback(args.host) and args.api_key is None:
         raise UsageError(f"--host {args.host}: others could reach it; give an --api-key (or MLX_MIMO_API_KEY) as well")
@@ -128,8 +128,6 @@ def complete(args: argparse.Namespace) -> None:
         folder = args.prompt_cache_file.absolute().parent
         if args.prompt_cache_file.is_dir() or not os.access(folder, os.W_OK):
             raise UsageError(f"--prompt-cache-file {args.prompt_cache_file}: a file in a folder to write to expected")
-    args.draft_model, args.num_draft_tokens, args.pipeline, args.chat_template = None, 0, False, ""
-    args.kv_bits, args.kv_group_size, args.quantized_kv_start = None, 64, 0
     # mlx-lm turns thinking on unless told; the model's own default is off.
     args.chat_template_args = {"enable_thinking": False} | args.chat_template_args
 

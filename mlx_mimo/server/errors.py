@@ -37,4 +37,4 @@ class RequestError(Exception):
 
 
 class Disconnected(Exception):
-    """The client has gone: nobody is left to tell."""
+    """The client has closed its connection: no answer is sent."""

@@ -239,12 +239,12 @@ def test_a_large_chunk_is_chosen_where_most_experts_stream_and_there_is_room():
 @pytest.mark.parametrize(("flags", "chunk"), [([], 256), (["--prefill-step-size", "100"], 100)])
 def test_the_server_computes_prompts_in_the_chunks_of_the_plan(free, flags, chunk):
     from mlx_mimo.server.__main__ import build_parser, complete
-    from mlx_mimo.server.provider import Provider
+    from mlx_mimo.server.engine.engine_model import EngineModel
+    from mlx_mimo.server.running import model_source
 
     free(room_for(budget_of(cpu=True), 24) - budget_of(cpu=True).trunk)
     args = build_parser().parse_args(["--model", str(converted_directory()), *flags])
     complete(args)
-    provider = Provider(args, {"expert_memory": "auto"})
-    provider._load(str(converted_directory()))
-    assert provider.cli_args.prefill_step_size == chunk
-    provider.residency.close()
+    loaded = EngineModel(model_source(args, converted_directory(), {"expert_memory": "auto"}))
+    assert loaded.chunk == chunk
+    loaded.close()

@@ -14,8 +14,8 @@ from patience import DEADLINE
 from serving import Process, running_server
 
 from mlx_mimo.convert import convert_checkpoint
-from mlx_mimo.server import connection
-from mlx_mimo.server import worker as worker_module
+from mlx_mimo.server.engine import samplers
+from mlx_mimo.server.http import protocol
 from mlx_mimo.server.running import Running
 
 TEMPLATE = Path(__file__).parents[2] / "examples" / "demo_model" / "chat_template.jinja"
@@ -35,8 +35,8 @@ def model_directory(tmp_path_factory) -> Path:
 def patient_servers() -> Iterator[None]:
     """They wait for a client as long as it waits for them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "HEAD_SECONDS", DEADLINE)
-        patch.setattr(connection, "WRITE_SECONDS", DEADLINE)
+        patch.setattr(protocol, "HEAD_SECONDS", DEADLINE)
+        patch.setattr(protocol, "WRITE_SECONDS", DEADLINE)
         yield
 
 
@@ -60,15 +60,15 @@ class Script:
     monkeypatch: pytest.MonkeyPatch
 
     def say(self, text: str, end: bool = True) -> None:
-        tokenizer = self.server.worker.model_provider.tokenizer
+        tokenizer = self.server.worker.loaded.tokenizer
         tokens = tokenizer.encode(text, add_special_tokens=False)
         tokens += [tokenizer.convert_tokens_to_ids("<|im_end|>")] if end else []
 
-        def make_sampler(*_) -> Callable[[mx.array], mx.array]:
+        def sampler_of(*_) -> Callable[[mx.array], mx.array]:
             steps = iter(tokens)
             return lambda logprobs: mx.array([next(steps)])
 
-        self.monkeypatch.setattr(worker_module, "_make_sampler", make_sampler)
+        self.monkeypatch.setattr(samplers, "sampler_of", sampler_of)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from refusing import CHAT, GOOD, post, refused
 
 from mlx_mimo.errors import UsageError
 from mlx_mimo.server.__main__ import build_parser, complete
-from mlx_mimo.server.access import Access
 from mlx_mimo.server.errors import RequestError
+from mlx_mimo.server.http.access import Access
 
 pytestmark = pytest.mark.usefixtures("worker_lives")
 
@@ -32,8 +32,7 @@ def test_pages_of_other_sites_are_refused_and_get_no_cors_header(server):
 
 
 def allow(server, monkeypatch, **changes) -> None:
-    access = dataclasses.replace(server.site.access, **changes)
-    monkeypatch.setattr(server, "site", dataclasses.replace(server.site, access=access))
+    monkeypatch.setattr(server.app, "access", dataclasses.replace(server.app.access, **changes))
 
 
 def test_an_allowed_page_is_named_back():
@@ -89,7 +88,7 @@ def test_an_allowed_host_is_one_of_the_servers_names(server, monkeypatch, writte
 @pytest.mark.parametrize(
     "flag", ["--allowed-origins=mine.example", "--allowed-origins=ftp://a", "--allowed-hosts=http://mine.example"]
 )
-def test_what_is_no_origin_or_host_is_refused_at_the_start(capsys, flag):
+def test_an_invalid_origin_or_host_flag_is_refused_at_the_start(capsys, flag):
     with pytest.raises(SystemExit):
         build_parser().parse_args([flag])
     assert "expected" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def test_a_message_and_its_usage(claude, script):
     )
 
 
-def test_why_it_ended(claude, script):
+def test_the_stop_reason_says_why_the_message_ended(claude, script):
     script.say("one two three")
     message = create(claude, stop_sequences=["x", "two"])
     assert (message.content[0].text, message.stop_reason, message.stop_sequence) == ("one ", "stop_sequence", "two")
@@ -82,15 +82,15 @@ RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}
 def prompts(server, monkeypatch) -> list[str]:
     """What the model is given to read."""
     seen = []
-    tokenize = server.worker._tokenize
+    encoder = server.worker._encoder
+    encode = encoder.encode
 
-    def look(tokenizer, *rest):
-        found = tokenize(tokenizer, *rest)
-        seen.append(tokenizer.decode(found[0]))
-        assert [token for segment in found[1] for token in segment] == found[0]
-        return found
+    def look(prompt):
+        encoded = encode(prompt)
+        seen.append(encoder.tokenizer.decode(encoded.tokens))
+        return encoded
 
-    monkeypatch.setattr(server.worker, "_tokenize", look)
+    monkeypatch.setattr(encoder, "encode", look)
     return seen
 
 

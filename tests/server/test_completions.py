@@ -1,14 +1,13 @@
 """OpenAI's API through its own client."""
 
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import openai
 import pytest
 from mlx_lm.tool_parsers.qwen3_coder import parse_tool_call
 
-from mlx_mimo.server.completion import Delta, _close_call
-from mlx_mimo.server.tool_choice import ToolChoice
+from mlx_mimo.server.api.deltas import Delta, end_call
 
 USER = [{"role": "user", "content": "hello"}]
 WEATHER = {
@@ -137,7 +136,7 @@ def test_streamed_tool_calls_have_their_index(client, script):
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_a_call_that_is_none_stays_visible(client, script):
+def test_text_between_call_markers_that_is_no_call_stays_in_the_content(client, script):
     script.say("<tool_call>nonsense</tool_call>")
     answer = chat(client, tools=[WEATHER], max_tokens=100).choices[0]
     assert answer.message.content == "<tool_call>nonsense</tool_call>"
@@ -158,14 +157,13 @@ def test_a_call_whose_arguments_json_cannot_hold_stays_visible(name):
     kind, value = ODD[name]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": kind}}}}}]
     delta = Delta()
-    context = SimpleNamespace(tool_parser=parse_tool_call)
     text = f"<function=f><parameter=a>{value}</parameter></function>"
-    _close_call(delta, context, text, ToolChoice(tools), "</tool_call>")
+    end_call(delta, parse_tool_call, text, tools, "</tool_call>")
     assert delta.tool_calls == []
     assert delta.content == f"<tool_call>{text}</tool_call>"
 
 
-def test_the_answers_of_tools_reach_the_prompt(client):
+def test_results_of_tools_are_in_the_prompt(client):
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Graz"}'}}
     messages = [
         *USER,
@@ -180,14 +178,15 @@ def test_the_answers_of_tools_reach_the_prompt(client):
 def test_results_of_tools_come_in_the_order_of_their_calls(server, client, monkeypatch):
     """Whatever order they are sent in: the model is told nothing of ids."""
     prompts = []
-    tokenize = server.worker._tokenize
+    encoder = server.worker._encoder
+    encode = encoder.encode
 
-    def seen(tokenizer, *rest):
-        found = tokenize(tokenizer, *rest)
-        prompts.append(tokenizer.decode(found[0]))
-        return found
+    def seen(prompt):
+        encoded = encode(prompt)
+        prompts.append(encoder.tokenizer.decode(encoded.tokens))
+        return encoded
 
-    monkeypatch.setattr(server.worker, "_tokenize", seen)
+    monkeypatch.setattr(encoder, "encode", seen)
     calls = [{"id": one, "type": "function", "function": {"name": "weather", "arguments": "{}"}} for one in "ab"]
     results = [{"role": "tool", "tool_call_id": one, "content": f"of {one}"} for one in "ab"]
     for sent in (results, results[::-1]):
@@ -277,7 +276,7 @@ def test_several_choices_take_one_place(server, client, monkeypatch):
         taken.append(server.worker.outstanding)
         answer(*args)
 
-    monkeypatch.setattr(server.worker, "max_queue", 0)
+    monkeypatch.setattr(server.worker, "limits", replace(server.worker.limits, max_queue=0))
     monkeypatch.setattr(server.worker, "_answer", seen)
     assert len(chat(client, n=3).choices) == 3
     assert taken == [1, 1, 1]

@@ -53,7 +53,7 @@ def test_the_model_is_offered_a_function(demo):
 
 
 @pytest.mark.long
-def test_a_short_soak_is_stood(demo):
+def test_a_short_soak_succeeds(demo):
     result = example(
         "measure/server_soak", "--url", demo[0], "--pid", demo[1].pid, "--minutes", 0.2, "--deadline", DEADLINE
     )

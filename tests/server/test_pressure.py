@@ -5,8 +5,8 @@ import requests
 from patience import DEADLINE, wait_until
 from serving import running_server
 
-from mlx_mimo.server import pressure
-from mlx_mimo.server.pressure import Pressure, wanted_bytes
+from mlx_mimo.server.watch import pressure
+from mlx_mimo.server.watch.pressure import Pressure, wanted_bytes
 
 GB = 10**9
 CHAT = {"messages": [{"role": "user", "content": "What is 37 + 48?"}], "max_tokens": 8, "temperature": 0}
@@ -46,7 +46,7 @@ def settled(residency, slots) -> bool:
 
 def test_a_server_yields_and_takes_again_between_requests_and_within_one(model_directory, monkeypatch):
     with running_server(model_directory, "--expert-memory", "250KB") as running:
-        residency = running.worker.model_provider.residency
+        residency = running.worker.loaded.residency
         full, size = residency.counters.slots, residency.counters.slot_bytes
         assert full > 2 * residency.demand_slots
         assert not residency.all_resident
@@ -89,15 +89,15 @@ def test_a_server_yields_and_takes_again_between_requests_and_within_one(model_d
 def test_the_watch_runs_by_itself_and_a_floor_of_0_ends_it(model_directory, monkeypatch):
     monkeypatch.setattr(pressure, "SECONDS", 0.05)
     with running_server(model_directory, "--expert-memory", "250KB", "--memory-floor", "1TB") as running:
-        residency = running.worker.model_provider.residency
+        residency = running.worker.loaded.residency
         assert settled(residency, residency.demand_slots)
     with running_server(model_directory, "--expert-memory", "250KB", "--memory-floor", "0") as running:
-        residency = running.worker.model_provider.residency
+        residency = running.worker.loaded.residency
         assert not running._pressure._thread.is_alive()
         assert residency.counters.slots > residency.demand_slots
 
 
-def test_where_everything_is_resident_nothing_is_asked(model_directory):
+def test_memory_pressure_changes_nothing_when_all_experts_are_resident(model_directory):
     with running_server(model_directory, "--expert-memory", "all") as running:
         Pressure(running.worker, 2 * GB, available=lambda: 0).look()
-        assert running.worker.model_provider.residency.all_resident
+        assert running.worker.loaded.residency.all_resident

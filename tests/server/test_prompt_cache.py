@@ -5,7 +5,7 @@ import pytest
 from cached import PAST, computed, continues, tiny_model
 
 from mlx_mimo.models.mimo_v2_flash import Model
-from mlx_mimo.server.prompt_cache import PromptCache
+from mlx_mimo.server.engine.prompt_cache import PromptCache
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import FormatError, UsageError
 from mlx_mimo.models.mimo_v2_flash import Model
 from mlx_mimo.server.__main__ import build_parser, complete
-from mlx_mimo.server.fingerprint import fingerprint
-from mlx_mimo.server.prompt_cache import PromptCache
-from mlx_mimo.server.prompt_cache_file import PromptCacheFile
+from mlx_mimo.server.engine.fingerprint import fingerprint
+from mlx_mimo.server.engine.prompt_cache import PromptCache
+from mlx_mimo.server.engine.prompt_cache_file import PromptCacheFile
 
 CHAT = "/v1/chat/completions"
 LONG = "a question that fills more than one window of sixteen tokens"
@@ -69,7 +69,7 @@ def test_the_latest_come_back_where_there_is_room_for_some(model, saved):
     assert [entry.tokens[0] for entry in small.entries] == [3]
 
 
-def test_an_empty_cache_and_no_file_are_nothing_special(model, file):
+def test_an_empty_cache_and_a_missing_file_load_as_no_entries(model, file):
     assert file.load(PromptCache(), model, "mine") == 0
     file.save(PromptCache(), "mine")
     assert file.load(PromptCache(), model, "mine") == 0
@@ -211,7 +211,7 @@ def test_saving_wants_the_key_and_the_right_page(model_directory, tmp_path):
         assert (
             requests.post(save, headers=key | {"Origin": "https://evil.example"}, timeout=DEADLINE).status_code == 403
         )
-        assert requests.get(save, headers=key, timeout=DEADLINE).status_code == 404
+        assert requests.get(save, headers=key, timeout=DEADLINE).status_code == 405
         assert not path.exists()
         assert requests.post(save, headers=key, timeout=DEADLINE).json()["entries"] == 0
         assert path.exists()

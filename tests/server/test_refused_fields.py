@@ -101,7 +101,7 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type":
         ({"messages": [CALL | {"tool_calls": [called("{}"), called("{}") | {"id": "d"}]}, RESULT]}, "[1].tool_call_id"),
     ],
 )
-def test_what_nobody_would_look_at_is_named(server, fields, param):
+def test_unknown_keys_are_refused_by_name(server, fields, param):
     assert refused(post(server, GOOD | fields), 400)["param"].endswith(param)
 
 
@@ -151,7 +151,7 @@ def test_half_of_a_surrogate_pair_is_refused_wherever_it_is(server, fields, para
 
 
 def test_what_a_template_cannot_compute_with_is_the_requests_fault(server, monkeypatch):
-    tokenizer = server.worker.model_provider.tokenizer._tokenizer
+    tokenizer = server.worker.loaded.tokenizer._tokenizer
     for template in ("{{ 1 + 'x' }}", "{{ range(1, 5, 0) }}", "{{ 1 // 0 }}", "{{ messages[9].content.x }}"):
         monkeypatch.setattr(tokenizer, "chat_template", template)
         assert refused(post(server, GOOD), 400)["param"] == "messages"
@@ -181,7 +181,7 @@ def test_deep_nesting_is_no_server_error(server, depth):
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "mlx-community/other", "../tiny", "default_model", ""])
 def test_no_other_model_is_loaded(server, name, monkeypatch):
-    monkeypatch.setattr("mlx_mimo.server.provider.load", lambda *_, **__: pytest.fail("loads"))
+    monkeypatch.setattr("mlx_mimo.server.engine.engine_model.load", lambda *_, **__: pytest.fail("loads"))
     error = refused(post(server, GOOD | {"model": name}), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
 
@@ -192,7 +192,7 @@ def test_a_template_variable_cannot_replace_the_template(server):
 
 
 def test_the_models_own_template_runs_in_a_sandbox(server, monkeypatch):
-    tokenizer = server.worker.model_provider.tokenizer._tokenizer
+    tokenizer = server.worker.loaded.tokenizer._tokenizer
     monkeypatch.setattr(tokenizer, "chat_template", "{{ ''.__class__.__mro__[1].__subclasses__() }}")
     error = refused(post(server, GOOD), 400)
     assert "unsafe" in error["message"]

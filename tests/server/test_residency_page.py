@@ -52,11 +52,11 @@ def test_the_map_shows_what_is_resident(server):
 def test_a_head_of_the_stream_ends(server):
     parts = urlsplit(server.url)
     with socket.create_connection((parts.hostname, parts.port), timeout=DEADLINE) as connection:
-        connection.sendall(b"HEAD /residency/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.sendall(b"HEAD /residency/events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         answer = b""
         while b"\r\n\r\n" not in answer:
             answer += connection.recv(65536)
-        assert answer.startswith(b"HTTP/1.0 200")
+        assert answer.startswith(b"HTTP/1.1 200")
         assert answer.endswith(b"\r\n\r\n"), "a head has no body"
         assert connection.recv(65536) == b"", "and nothing comes after it"
 
@@ -64,8 +64,7 @@ def test_a_head_of_the_stream_ends(server):
 def test_a_browser_is_asked_for_the_key(server, monkeypatch):
     import dataclasses
 
-    access = dataclasses.replace(server.site.access, api_key="key")
-    monkeypatch.setattr(server, "site", dataclasses.replace(server.site, access=access))
+    monkeypatch.setattr(server.app, "access", dataclasses.replace(server.app.access, api_key="key"))
     assert requests.get(f"{server.url}/residency", timeout=DEADLINE).headers["WWW-Authenticate"].startswith("Basic")
     assert requests.get(f"{server.url}/residency", auth=("me", "key"), timeout=DEADLINE).status_code == 200
     assert requests.get(f"{server.url}/residency", auth=("me", "wrong"), timeout=DEADLINE).status_code == 401

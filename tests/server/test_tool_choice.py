@@ -10,7 +10,8 @@ from patience import DEADLINE
 
 from mlx_mimo.checkpoint.directory import Directory, read_config
 from mlx_mimo.runtime.load import load_tokenizer
-from mlx_mimo.server import grammar, tool_choice
+from mlx_mimo.server.api import grammar, tool_choice
+from mlx_mimo.server.engine.grammar import Grammar, lexer
 from mlx_mimo.server.errors import RequestError
 
 USER = [{"role": "user", "content": "hello"}]
@@ -56,9 +57,9 @@ def tokenizer(model_directory):
     return load_tokenizer(Directory(model_directory, read_config(model_directory)))
 
 
-def fits(tokenizer, made: grammar.Grammar, text: str) -> bool:
+def fits(tokenizer, made: Grammar, text: str) -> bool:
     """Whether the whole text, and then the end, may be said."""
-    matcher = LLMatcher(grammar._lexer(tokenizer._tokenizer, 320), made.text)
+    matcher = LLMatcher(lexer(tokenizer, 320), made.text)
     tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     return matcher.validate_tokens(tokens) == len(tokens)
 
@@ -241,7 +242,7 @@ def ask(claude, **options):
     return claude.messages.create(model="tiny", messages=USER, extra_body={"temperature": 1}, **options)
 
 
-def test_any_and_tool_call(claude):
+def test_tool_choice_any_and_tool_force_a_call(claude):
     message = ask(claude, tool_choice={"type": "any", "disable_parallel_tool_use": True})
     assert message.stop_reason == "tool_use"
     assert [block.type for block in message.content] == ["tool_use"]
@@ -261,7 +262,7 @@ def test_a_streamed_tool_that_must_be_called(claude):
     check_lamp(block.input)
 
 
-def test_none_is_none_to_anthropic_too(claude, script):
+def test_tool_choice_none_reads_no_calls_in_anthropics_api(claude, script):
     script.say(GOOD_LAMP)
     message = ask(claude, tool_choice={"type": "none"})
     assert [(block.type, block.text) for block in message.content] == [("text", GOOD_LAMP)]

@@ -1,0 +1,1 @@
+"""The APIs that clients speak: requests parsed once into a typed request, answers rendered back. Knows no sockets."""

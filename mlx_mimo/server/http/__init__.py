@@ -1,0 +1,1 @@
+"""HTTP: connections, who may use the server, bodies, routes. Starlette on uvicorn."""

@@ -1,0 +1,1 @@
+"""What watches the engine: figures for Prometheus, memory pressure, the /residency page."""
