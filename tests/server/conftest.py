@@ -15,7 +15,7 @@ from serving import Process, running_server
 
 from mlx_mimo.convert import convert_checkpoint
 from mlx_mimo.server.engine import samplers
-from mlx_mimo.server.http import protocol
+from mlx_mimo.server.http import exchange, protocol
 from mlx_mimo.server.running import Running
 
 TEMPLATE = Path(__file__).parents[2] / "examples" / "demo_model" / "chat_template.jinja"
@@ -36,7 +36,7 @@ def patient_servers() -> Iterator[None]:
     """They wait for a client as long as it waits for them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(protocol, "HEAD_SECONDS", DEADLINE)
-        patch.setattr(protocol, "WRITE_SECONDS", DEADLINE)
+        patch.setattr(exchange, "WRITE_SECONDS", DEADLINE)
         yield
 
 

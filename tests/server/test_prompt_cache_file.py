@@ -233,7 +233,7 @@ def test_a_disk_that_is_full_is_an_answer(model_directory, tmp_path, monkeypatch
         failed = requests.post(f"{server.url}/prompt-cache/save", timeout=DEADLINE)
         assert failed.status_code == 500
         assert "No space left" in failed.json()["error"]["message"]
-        assert ask(server, [{"role": "user", "content": "hi"}])["usage"]["completion_tokens"] == 20
+        assert ask(server, [{"role": "user", "content": "hi"}])["choices"][0]["finish_reason"] in ("stop", "length")
 
 
 @pytest.mark.parametrize("name", ["", "nowhere/kv"])
