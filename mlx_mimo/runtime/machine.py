@@ -247,7 +247,8 @@ def copy_speed(nbytes: int = 1 << 26, repeats: int = 3) -> float:
 def read_speed(files: Sequence[Path], seconds: float = 0.15, piece: int = 1 << 22, threads: int = 4) -> float | None:
     """Bytes a second of parallel reads from `files`, past the page cache where the system allows it.
 
-    None where there is too little to measure, or nothing that can be read. Stops after `seconds`.
+    None where there is too little to measure, or nothing that can be read. Stops after `seconds`; each thread reads one
+    piece at least.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -261,7 +262,7 @@ def read_speed(files: Sequence[Path], seconds: float = 0.15, piece: int = 1 << 2
     def read(mine: list) -> int:
         done, buffer = 0, bytearray(piece)
         for file, start in mine:
-            if time.perf_counter() > end:
+            if done and time.perf_counter() > end:  # a busy machine may not come here any sooner
                 break
             try:
                 done += _read_past_cache(file, start, buffer)

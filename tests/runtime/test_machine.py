@@ -124,7 +124,7 @@ def test_files_that_cannot_be_read_say_nothing_of_the_disk(tmp_path):
     link.symlink_to(tmp_path / "nowhere")
     assert read_speed([link]) is None
     whole.write_bytes(bytes(1 << 20))
-    assert read_speed([link, whole], seconds=0.05, piece=1 << 16) > 0
+    assert read_speed([link, whole], seconds=0, piece=1 << 16) > 0
 
 
 def test_a_disk_that_fails_while_it_is_measured_is_not_measured(tmp_path, monkeypatch):
