@@ -27,6 +27,7 @@ SPECIAL_TOKENS = (
     "<think>",
     "</think>",
 )
+END_TOKENS = slice(256, 259, 2)  # <|endoftext|> and <|im_end|>, which end an answer
 VOCAB_SIZE = 320  # 256 bytes, the special tokens, and rows without a token as the release has them
 MTP_LAYERS = 3
 
@@ -280,7 +281,9 @@ def make_tensors(config: dict, seed: int = 0, mtp: bool = True, kv_scales: str =
         for expert in range(experts):
             tensors.mlp(f"{prefix}.mlp.experts.{expert}", config["moe_intermediate_size"])
     tensors.norm("model.norm.weight")
-    tensors.bf16("lm_head.weight", tensors.normal(config["vocab_size"], hidden))
+    head = tensors.normal(config["vocab_size"], hidden)
+    head[END_TOKENS] /= 64  # else it would be chance which answers end at once
+    tensors.bf16("lm_head.weight", head)
     for layer in range(MTP_LAYERS if mtp else 0):
         prefix = f"model.mtp.layers.{layer}"
         for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
