@@ -38,9 +38,21 @@ class Terminal:
         self.process.stdin.write(keys)
         self.process.stdin.flush()
 
-    def expect(self, pattern: str) -> re.Match:
-        """The first match in what was shown since the last one."""
+    def press_until(self, keys: bytes, pattern: str) -> re.Match:
+        """Types keys again each second until the pattern is shown. Between showing its prompt and reading, readline
+        misses a Ctrl-C; a person presses it again."""
         deadline = time.monotonic() + DEADLINE
+        while True:
+            self.type(keys)
+            try:
+                return self.expect(pattern, seconds=1)
+            except AssertionError:
+                if time.monotonic() > deadline:
+                    raise
+
+    def expect(self, pattern: str, seconds: float = DEADLINE) -> re.Match:
+        """The first match in what was shown since the last one."""
+        deadline = time.monotonic() + seconds
         while True:
             if match := re.compile(pattern).search(self.seen, self._begin):
                 self._begin = match.end()
