@@ -73,7 +73,8 @@ def read_cells(source: Source, name: str) -> np.ndarray:
 
 
 def kv_names(layer: int) -> tuple[str, str]:
-    return tuple(f"model.layers.{layer}.self_attn.{p}_proj.weight" for p in "kv")
+    prefix = f"model.layers.{layer}.self_attn"
+    return f"{prefix}.k_proj.weight", f"{prefix}.v_proj.weight"
 
 
 def kv_scales(source: Source, config: dict, layer: int) -> dict[str, tuple[Scales, Scales]]:

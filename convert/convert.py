@@ -226,8 +226,8 @@ def write_small_files(target: Path, source: Source, layout: DirectoryLayout, con
 
     `fields` is the manifest; the sizes and hashes of these files are added to it.
     """
-    small = {name: source.text(name) for name in manifest.TOKENIZER_FILES}
-    small = {name: data for name, data in small.items() if data is not None}
+    found = {name: source.text(name) for name in manifest.TOKENIZER_FILES}
+    small = {name: data for name, data in found.items() if data is not None}
     small[INDEX] = manifest.dump(manifest.index_json(layout))
     small["config.json"] = manifest.dump(config)
     # The bridge may be on in a directory that was repacked in place.

@@ -1,12 +1,14 @@
 """A converted directory that is read back: how each matrix is quantised, and its values in NumPy."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mlx_mimo.checkpoint.layout import DirectoryLayout, layout_of
 from mlx_mimo.checkpoint.quantization import Quantization
+from mlx_mimo.checkpoint.recipe import Recipe
 from mlx_mimo.errors import FormatError
 
 from .quantize import from_bfloat16
@@ -16,26 +18,30 @@ _EXPERT = re.compile(r"\.mlp\.experts\.")
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
-class StoredRecipe:
+@dataclass(frozen=True)
+class StoredRecipe(Recipe):
     """A recipe read off a directory: its config.json's `quantization` and its tensors' names, as mlx-lm reads them."""
 
-    name = "as stored"
+    paths: dict[str, Quantization]  # those that differ from the default
+    default: Quantization | None
+    quantized: set[str]
 
-    rules = ()
-
-    def __init__(self, config: dict[str, Any], names: set[str]):
+    @classmethod
+    def read(cls, config: dict[str, Any], names: set[str]) -> "StoredRecipe":
+        """Raises FormatError for a wrong `quantization`."""
         fields = config.get("quantization") or {}
         if not isinstance(fields, dict):
             raise FormatError("config.json: quantization must be an object")
-        self._paths = {path: quantization_in(path, value) for path, value in fields.items() if isinstance(value, dict)}
-        self._default = quantization_in("quantization", fields) if fields else None
-        self._quantized = {_path(name.removesuffix(".scales")) for name in names if name.endswith(".scales")}
+        paths = {path: quantization_in(path, value) for path, value in fields.items() if isinstance(value, dict)}
+        default = quantization_in("quantization", fields) if fields else None
+        quantized = {_path(name.removesuffix(".scales")) for name in names if name.endswith(".scales")}
+        return cls("as stored", (), paths, default, quantized)
 
     def of(self, path: str) -> Quantization | None:
         """As Recipe.of: `path` is without the expert's number."""
-        if path not in self._quantized:
+        if path not in self.quantized:
             return None
-        return self._paths.get(_EXPERT.sub(".mlp.switch_mlp.", path), self._default)
+        return self.paths.get(_EXPERT.sub(".mlp.switch_mlp.", path), self.default)
 
 
 def _path(base: str) -> str:
@@ -56,7 +62,7 @@ class ConvertedSource(Source):
     def layout(self) -> DirectoryLayout:
         """What the directory should hold, by its config.json and index. Raises FormatError where these disagree."""
         names = {re.sub(r"\.(scales|biases)$", ".weight", name) for name in self.weight_map}
-        return layout_of(self.config, names, StoredRecipe(self.config, set(self.weight_map)))
+        return layout_of(self.config, names, StoredRecipe.read(self.config, set(self.weight_map)))
 
     def values(self, name: str, quantization: Quantization | None, begin: int, end: int) -> np.ndarray:
         """Rows [begin, end) of a weight as (R, C) float32, dequantised."""

@@ -142,7 +142,7 @@ def choose(counts: dict[str, int], cells: int, wanted: str | None = None) -> str
     told = ", ".join(f"{name} leaves {count:,}" for name, count in counts.items())
     # By the config blocks have 128 rows: rows/96 is chosen only where it is clearly better, and excludes no other map.
     believable = [name for name in counts if name != "rows/96"]
-    best = min(believable, key=counts.get, default=None)
+    best = min(believable, key=counts.__getitem__, default=None)
     if "rows/96" in counts and (best is None or counts["rows/96"] + max(1, CLEARLY * cells) <= counts[best]):
         best = "rows/96"
     others = [name for name in believable if name != best]

@@ -6,6 +6,7 @@ The same input gives the same bytes.
 import json
 from collections import Counter
 from math import sqrt
+from typing import TypeVar
 
 import mlx_mimo
 from mlx_mimo.checkpoint.layout import DirectoryLayout, module_path
@@ -13,6 +14,8 @@ from mlx_mimo.checkpoint.manifest import FORMAT
 
 from .fp8 import KvMap
 from .writer import Report
+
+Number = TypeVar("Number", int, float)
 
 # Taken over from the checkpoint where it has them.
 TOKENIZER_FILES = (
@@ -57,11 +60,8 @@ def manifest_json(layout: DirectoryLayout, source: dict, reports: list[Report], 
     errors: dict[str, list[float]] = {}
     cells: dict[str, list[int]] = {}
     for report in reports:
-        for into, found in ((errors, report.errors), (cells, report.cells)):
-            for kind, (a, b) in found.items():
-                total = into.setdefault(kind, [0, 0])
-                total[0] += a
-                total[1] += b
+        _add(errors, report.errors)
+        _add(cells, report.cells)
     return {
         "format": FORMAT,
         "converter": f"mlx_mimo {mlx_mimo.__version__}",
@@ -72,6 +72,13 @@ def manifest_json(layout: DirectoryLayout, source: dict, reports: list[Report], 
         "scales_without_448": {kind: {"scales": n, "without": w} for kind, (n, w) in sorted(cells.items())},
         "files": {report.name: {"bytes": report.nbytes, "sha256": report.sha256} for report in reports},
     }
+
+
+def _add(totals: dict[str, list[Number]], found: dict[str, list[Number]]) -> None:
+    for kind, (a, b) in found.items():
+        total = totals.setdefault(kind, [0, 0])
+        total[0] += a
+        total[1] += b
 
 
 def relative(squared_error: float, squared_weight: float) -> float:

@@ -64,10 +64,12 @@ def _encode_mlx(values: np.ndarray, quantization: Quantization) -> Encoded:
 
     choose_device()
     weight = mx.array(bfloat16(values)).view(mx.bfloat16)
-    options = {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
-    arrays = mx.quantize(weight, **options)
-    wide = [arrays[0], *(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a for a in arrays[1:])]
-    back = mx.dequantize(*wide, **options).astype(mx.float32)
+    group_size, bits, mode = quantization.group_size, quantization.bits, quantization.mode
+    arrays = mx.quantize(weight, group_size=group_size, bits=bits, mode=mode)
+    scales, *biases = (a.astype(mx.float32) if a.dtype == mx.bfloat16 else a for a in arrays[1:])
+    back = mx.dequantize(
+        arrays[0], scales, biases[0] if biases else None, group_size=group_size, bits=bits, mode=mode
+    ).astype(mx.float32)
     mx.eval(*arrays, back)
     views = [np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a.view(mx.uint8)) for a in arrays]
     parts = dict(zip(("weight", "scales", "biases"), views))

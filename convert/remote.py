@@ -35,15 +35,18 @@ class RemoteSource(Source):
     """
 
     local = False
+    repo: str
+    revision: str
 
     def __init__(self, repo: str, revision: str | None = None, staging: Path | None = None):
         self.repo = repo
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.staging = staging
         answer = self._get(f"{self.endpoint}/api/models/{repo}/revision/{revision or 'main'}")
-        self.revision = self._json("the Hub's answer", answer).get("sha")
-        if not isinstance(self.revision, str):
+        commit = self._json("the Hub's answer", answer).get("sha")
+        if not isinstance(commit, str):
             raise MimoError(f"{repo}: the Hub's answer names no commit; is it a model's repository?")
+        self.revision = commit
         config = self._json("config.json", self.text("config.json"))
         weight_map = checked_weight_map(self._json(INDEX, self.text(INDEX)))
         Directory.__init__(self, repo, config, weight_map)  # a Source's own looks for a folder
@@ -84,6 +87,8 @@ class RemoteSource(Source):
         return sum(self.header(file).file_bytes for file in files) if self.staging is not None else 0
 
     def _staged(self, file: str) -> Path:
+        if self.staging is None:
+            raise MimoError(f"{file}: no staging folder to fetch it into; name one")
         return self.staging / (STAGED + file)
 
     def _read_header(self, file: str) -> Header:

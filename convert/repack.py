@@ -82,7 +82,7 @@ def repack(directory: str | Path, target: str | Path | None, *, progress: bool =
     """
     in_place = target is None
     directory = Path(directory)
-    target = directory if in_place else Path(target)
+    target = directory if target is None else Path(target)
     source = InPlace(directory) if in_place and (directory / STATE).exists() else open_source(directory)
     ModelArgs.from_dict(source.config)
     if not isinstance(source, InPlace):
@@ -130,8 +130,8 @@ def _locked(source: Source, target: Path, layout: DirectoryLayout, in_place: boo
         journal.close()
 
 
-def _piece(source: Source, item: Copy, begin: int, end: int) -> Piece:
-    if item.expert is not None:
+def _piece(source: Source, item: Item, begin: int, end: int) -> Piece:
+    if isinstance(item, Copy) and item.expert is not None:
         begin, end = item.expert, item.expert + 1
     return Piece(Encoded({"weight": source.read(item.source.name, begin, end)}, 0.0, 0.0))
 

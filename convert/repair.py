@@ -78,7 +78,7 @@ def _examine(stored: ConvertedSource, source: Source, layer: int) -> Finding:
             np.maximum.at(largest, own.row_map, np.maximum.reduceat(codes, starts, axis=1))
         reads[name] = int(np.count_nonzero(np.abs(largest / FULL_SCALE - 1) < NEAR))
     count = cells[0] * cells[1]
-    made_with = max(reads, key=reads.get)
+    made_with = max(reads, key=reads.__getitem__)
     if reads[made_with] < 0.8 * count or reads["chain"] == reads["flat"]:
         raise FormatError(
             f"model.layers.{layer}.self_attn: neither made with the chain nor with flat scales (largest code 448 in "
@@ -248,8 +248,9 @@ def run(argv: list[str]) -> int:
         print(json.dumps({"layers": [asdict(finding) for finding in findings]}))
     for finding in [] if arguments.json else faulty:
         line = f"layer {finding.layer}: {'read' if arguments.check else 'mended: was read'} as flat"
-        for which in "kv" if finding.error_before else "":
-            line += f"; {which.upper()} error {finding.error_before[which]:.4f} → {finding.error_after[which]:.4f}"
+        before, after = finding.error_before, finding.error_after
+        if before and after:
+            line += "".join(f"; {which.upper()} error {before[which]:.4f} → {after[which]:.4f}" for which in "kv")
         print(line)
     if not faulty and not arguments.json:
         print(f"{arguments.directory}: K and V of its global layers were read by the chain; nothing to do")

@@ -145,7 +145,7 @@ def write_file(
     """
     errors: dict[str, list[float]] = {}
     cells: dict[str, list[int]] = {}
-    writer = None
+    writer: FileWriter | None = None
     try:
         writer = FileWriter(directory, output.name)
         writer.write(output.header)
@@ -183,7 +183,8 @@ def write_file(
             f"{output.name}: {error.strerror}: {directory} cannot be written; make room and run the same command again"
         ) from error
     except BaseException:
-        writer.abandon()
+        if writer:
+            writer.abandon()
         raise
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import (
     add_adapter_argument,
@@ -21,6 +22,9 @@ from .arguments import (
     take_any_bytes,
 )
 from .errors import MimoError
+
+if TYPE_CHECKING:
+    from .runtime.stream import Response
 
 HELP = """\
 /help              this list
@@ -61,7 +65,7 @@ class Chat:
         self.args = args
         self.model, self.tokenizer = model, tokenizer
         self.conversation = Conversation(model, tokenizer, args.system_prompt, args.think)
-        self.last = None
+        self.last: Response | None = None
 
     def answer(self, text: str) -> None:
         """Runs one turn and prints the answer as it is generated; Ctrl-C ends it and keeps the text so far."""
@@ -187,7 +191,7 @@ def is_message(value) -> bool:
 
 def read_line(interactive: bool) -> str:
     """One message; raises EOFError at the end. Backslashes at line ends join lines."""
-    lines = []
+    lines: list[str] = []
     while True:
         try:
             line = input(("> " if not lines else ". ") if interactive else "")

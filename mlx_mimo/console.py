@@ -4,7 +4,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -81,7 +84,7 @@ class PrefillProgress:
     def __init__(self, out: TextIO):
         self.out = out
         self.began = time.perf_counter()
-        self.bar = None
+        self.bar: tqdm | None = None
 
     def __enter__(self) -> "PrefillProgress":
         return self

@@ -162,9 +162,9 @@ def _subject(args: argparse.Namespace) -> Iterator[Path]:
     from ..runtime.source import find
 
     if not args.synthetic:
-        directory = find(args.model)
-        _check_length(args, directory.config)
-        yield directory.path
+        found = find(args.model)
+        _check_length(args, found.config)
+        yield found.path
         return
     from .synthetic import parameters, synthetic_config, write_synthetic
 
@@ -265,22 +265,20 @@ def _slots(directory: Path) -> list[tuple[int, int]]:
 
 def _check_room(args: argparse.Namespace, directory: Path) -> None:
     """Raises MimoError where both copies of the model do not fit into free memory: swapping would be timed then."""
-    import mlx.core as mx
-
     from ..checkpoint.directory import read_config
     from ..config.model_args import ModelArgs
     from ..planning.budget import item_bytes, measure
     from ..planning.memory import available_memory
-    from ..runtime.load import on_cpu
+    from ..runtime.load import on_cpu, working_set
 
     longest = max(args.context) + max(args.prompt_tokens) + args.generation_tokens
     budget = measure(directory, ModelArgs.from_dict(read_config(directory)), longest, 1, *item_bytes(on_cpu()))
     experts = sum(count * size for count, size in _slots(directory)) or budget.experts
     asked = [_memory(part, directory) for part in args.expert_memory.split(",")]
     # auto takes what is left, one expert if need be.
-    most = max(experts if size == "all" else 0 if size == "auto" else min(size, experts) for size in asked)
+    most = max(experts if size == "all" else min(size, experts) if isinstance(size, int) else 0 for size in asked)
     ours, theirs = budget.trunk + budget.kv + most, bytes_in_memory(directory, 4 if on_cpu() else 2) + budget.kv
-    free = available_memory(None if on_cpu() else mx.device_info().get("max_recommended_working_set_size"))
+    free = available_memory(working_set())
     if ours + theirs > free:
         raise MimoError(
             f"--against {PEER}: the whole model in {PEER} takes {format_size(theirs)} and ours beside it "

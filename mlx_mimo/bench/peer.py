@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from ..checkpoint.directory import MTP_FILE, weight_files
 from ..checkpoint.header import read_header
@@ -59,7 +59,7 @@ def bytes_in_memory(directory: Path, item_bytes: int) -> int:
     return total
 
 
-def timed(model, past: Sequence[int], prompt: Sequence[int], following: Sequence[int]) -> dict:
+def timed(model, past: Sequence[int], prompt: list[int], following: Sequence[int]) -> dict:
     """Runs given tokens and returns {"prefill_s", "decode_s"}, once nothing of the run is being computed any more."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step, generation_stream
@@ -109,10 +109,10 @@ class Peer:
 
     def __exit__(self, *_) -> None:
         try:
-            self.process.stdin.close()
+            self._pipe(self.process.stdin).close()
         except OSError:
             self.process.kill()  # it no longer reads its input, so it would not end by itself
-        self.process.stdout.close()
+        self._pipe(self.process.stdout).close()
         self.process.wait()
 
     def run(self, case: "Case", tokens: Sequence[int]) -> "Sample":
@@ -121,17 +121,23 @@ class Peer:
 
         past, prompt, following = case.cut(tokens)
         try:
-            self.process.stdin.write(json.dumps({"past": past, "prompt": prompt, "following": following}) + "\n")
-            self.process.stdin.flush()
+            asked = self._pipe(self.process.stdin)
+            asked.write(json.dumps({"past": past, "prompt": prompt, "following": following}) + "\n")
+            asked.flush()
         except OSError as error:  # a BrokenPipeError would be taken for a closed stdout of ours
             raise self._ended() from error
         return Sample(**self._answer())
 
     def _answer(self) -> dict:
-        line = self.process.stdout.readline()
+        line = self._pipe(self.process.stdout).readline()
         if not line.endswith("\n"):
             raise self._ended()
         return json.loads(line)
+
+    @staticmethod
+    def _pipe(end: IO[str] | None) -> IO[str]:
+        """One end of the process, which was started with pipes at both."""
+        return cast(IO[str], end)
 
     def _ended(self) -> MimoError:
         return MimoError(f"--against {NAME}: its process ended with {self.process.wait()}; see its error above")

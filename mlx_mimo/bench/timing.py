@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -56,6 +57,25 @@ class Sample:
     decode_bytes: int = 0
     decode_read_s: float = 0.0
     decode_wait_s: float = 0.0
+
+
+class Counts(NamedTuple):
+    """The residency counts up to a moment, or between two; the order is that of Sample's fields."""
+
+    hits: int
+    misses: int
+    bytes: int
+    read_s: float
+    wait_s: float
+
+    def since(self, before: "Counts") -> "Counts":
+        return Counts(
+            self.hits - before.hits,
+            self.misses - before.misses,
+            self.bytes - before.bytes,
+            self.read_s - before.read_s,
+            self.wait_s - before.wait_s,
+        )
 
 
 @dataclass(frozen=True)
@@ -127,12 +147,12 @@ def run_case(model, case: Case, tokens: Sequence[int]) -> Sample:
                 counters.append(_counters(residency, waiting))
         end = time.perf_counter()
         counters.append(_counters(residency, waiting))
-    in_prefill, in_decode = ([after - before for before, after in zip(*pair)] for pair in pairwise(counters))
+    in_prefill, in_decode = (after.since(before) for before, after in pairwise(counters))
     return Sample(first - began, end - first, *in_prefill, *in_decode)
 
 
-def _counters(residency, waiting: Waiting) -> tuple[int, int, int, float, float]:
+def _counters(residency, waiting: Waiting) -> Counts:
     if residency is None:
-        return 0, 0, 0, 0.0, 0.0
+        return Counts(0, 0, 0, 0.0, 0.0)
     found = residency.counters
-    return found.hits, found.misses, found.bytes_read, found.read_seconds, waiting.seconds
+    return Counts(found.hits, found.misses, found.bytes_read, found.read_seconds, waiting.seconds)

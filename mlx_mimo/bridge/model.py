@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -97,7 +98,7 @@ class Settings:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Reads all variables; an empty one counts as unset. Raises UsageError that names the variable."""
-        values = {}
+        values: dict[str, Any] = {}
         for field, (read, _) in VARIABLES.items():
             text = environment.get(PREFIX + field.upper(), "")
             try:
@@ -112,7 +113,7 @@ def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.
     """Returns (Model, ModelArgs) for mlx-lm's loader, bound to `directory` and `settings` (default: the environment's).
     Raises UsageError for a wrong variable, and MimoError for one that needs residency where experts are stacked."""
     check_device()
-    settings = settings or Settings.from_environment()
+    chosen = settings or Settings.from_environment()
     files = Directory(directory)
 
     class BridgedArgs:
@@ -120,24 +121,32 @@ def classes(directory: Path, settings: Settings | None = None) -> tuple[type[nn.
 
         @staticmethod
         def from_dict(config: dict) -> ModelArgs:
-            window = {} if settings.sliding_window is None else {"window_keys": settings.sliding_window}
+            window = {} if chosen.sliding_window is None else {"window_keys": chosen.sliding_window}
             return ModelArgs.from_dict(config | window)
 
     streamed = files.is_streamable
     for field in () if streamed else ("expert_memory", "profile", "trace"):
-        if isinstance(getattr(settings, field), int | Path):
+        if isinstance(getattr(chosen, field), int | Path):
             raise MimoError(
                 f"{PREFIX}{field.upper()}: {directory} has stacked experts; run mlx_mimo convert repack on it"
             )
 
-    class BridgedModel(_WithResidency if streamed else _Whole):
+    base: Any = _WithResidency if streamed else _Whole  # mypy wants one class here
+
+    class BridgedModel(base):
         def __init__(self, args: ModelArgs):
-            super().__init__(args, files, settings)
+            super().__init__(args, files, chosen)
 
     return BridgedModel, BridgedArgs
 
 
-class _Bridged:
+if TYPE_CHECKING:
+    _Base = LoadedModel  # what both classes that take the mixin are
+else:
+    _Base = object
+
+
+class _Bridged(_Base):
     """What both kinds of bridged model share: a mixin, to be named before the model's class."""
 
     def __init__(self, args: ModelArgs, directory: Directory, settings: Settings):
@@ -181,12 +190,12 @@ class _Bridged:
 
     def _fused(self) -> None:
         """Casts weights that were widened for a CPU back to the types in which they are stored."""
-        stored = {}
+        stored: dict[str, mx.Dtype] = {}
         for file in self._directory.weight_files:
             if not file.name.startswith("model-experts-"):
-                stored |= {name: value.dtype for name, value in mx.load(str(file)).items()}
+                stored |= {name: value.dtype for name, value in _read(file).items()}
         narrowed = []
-        for name, value in tree_flatten(self.parameters()):
+        for name, value in _arrays(self):
             kind = stored.get(name, mx.float32)
             if kind == mx.uint32:  # it was quantised on disk and was dequantised since (--dequantize)
                 kind = stored[name.removesuffix(".weight") + ".scales"]
@@ -296,10 +305,11 @@ class _WithResidency(_Bridged, TrunkModel):
 
     def _check_memory(self, what: str) -> None:
         """Raises MimoError where the experts do not fit into the free memory and the slots' own."""
-        held = self.residency.counters
-        trunk = sum(value.nbytes for _, value in tree_flatten(self.parameters()))
+        held = self.residency.counters if self.residency is not None else None
+        slots = held.slots * held.slot_bytes if held is not None else 0
+        trunk = sum(value.nbytes for _, value in _arrays(self))
         # Metal's limit is for the whole process, so what the process holds already counts on both sides.
-        free = available_memory(working_set(), trunk + held.slots * held.slot_bytes) - trunk
+        free = available_memory(working_set(), trunk + slots) - trunk
         # Whole experts are MLX's own modules, which a CPU computes in float32.
         files = self._directory.expert_files.values()
         needed = sum(file.num_experts * slot_bytes(file.layout, widen=on_cpu()) for file in files)
@@ -314,7 +324,7 @@ class _WithResidency(_Bridged, TrunkModel):
         args, quantization = self.args, self._directory.config["quantization"]
         prefix = f"model.layers.{layer}.mlp.switch_mlp."
         default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
-        stacked = Model.sanitize(self, mx.load(str(file.path)))
+        stacked = Model.sanitize(self, _read(file.path))
 
         def stored_quantization(path: str, module: nn.Module) -> bool | dict:
             if f"{prefix}{path}.scales" not in stacked:
@@ -326,6 +336,16 @@ class _WithResidency(_Bridged, TrunkModel):
         module.load_weights([(name.removeprefix(prefix), value) for name, value in stacked.items()])
         module.freeze()
         return module
+
+
+def _read(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file, lazy."""
+    return cast(dict[str, mx.array], mx.load(str(path)))
+
+
+def _arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """A module's parameters and their names."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
 
 
 def _float32(x: mx.array) -> mx.array:

@@ -118,7 +118,7 @@ class KernelEmbedding(PackedModule):
             return self.weight[tokens].astype(mx.float32)
         scales, biases = self.scales[tokens], self.get("biases")
         if self.mode == "affine":
-            scales, biases = scales.astype(mx.float32), biases[tokens].astype(mx.float32)
+            scales, biases = scales.astype(mx.float32), self.biases[tokens].astype(mx.float32)
         return mx.dequantize(
             self.weight[tokens],
             scales,

@@ -84,9 +84,12 @@ class Packed:
         self.columns = weight.shape[-1] * weight.dtype.size * 8 // FORMAT_BITS[format]
         self.slots = weight.shape[0] if weight.ndim == 3 else 1
         self.group_size = group_size
-        self.scale = _KINDS[scales.dtype] if bits else ""
-        if biases is not None and biases.dtype != scales.dtype:
-            raise MimoError(f"scales are {scales.dtype}, biases {biases.dtype}; one type expected, convert again")
+        scale_type = scales.dtype if scales is not None else None
+        if bits and scale_type is None:
+            raise MimoError(f"{bits} bits, but no scales; convert again")
+        self.scale = _KINDS[scale_type] if bits and scale_type is not None else ""
+        if biases is not None and biases.dtype != scale_type:
+            raise MimoError(f"scales are {scale_type}, biases {biases.dtype}; one type expected, convert again")
         views = [_view(part) if part is not None else None for part in (weight, scales, biases)]
         for view in views if not borrowed else ():
             if view:
@@ -112,7 +115,7 @@ class Packed:
         """Equal for matrices that take the same activations and the same kernel."""
         return (self.format, self.scale, self.group_size, *self.row_bytes)
 
-    def row_addresses(self, rows: np.ndarray) -> Addresses:
+    def row_addresses(self, rows: np.ndarray | np.int64) -> Addresses:
         """The addresses of `rows`, counted over all slots."""
         return Addresses(*(address + rows * size for address, size in zip(self.addresses, self.row_bytes)))
 

@@ -122,11 +122,13 @@ class Stack:
         """x (T, columns) float32, contiguous → (T, rows) for each matrix, views of one array."""
         out = np.empty((len(x), self.ends[-1]), np.float32)
         parts = [out[:, end - matrix.rows : end] for end, matrix in zip(self.ends, self.matrices)]
+        if not len(x):
+            return parts
         if len(x) > self.matrices[0].max_kernel_rows:
             for part, matrix in zip(parts, self.matrices):
                 _multiply_by_blas(x, matrix, 0, part)
             return parts
-        activations, first = Activations(x, self.matrices[0]) if len(x) else None, 0
+        activations, first = Activations(x, self.matrices[0]), 0
         while first < len(x):
             tokens = next(t for t in RUN_LENGTHS if t <= len(x) - first)
             runs = RunTable(

@@ -68,8 +68,8 @@ class SlidingKVCache(_BaseCache):
         """Appends keys and values (B, H, L, D); returns those that the L new queries see, at most max_size - 1 + L."""
         length = keys.shape[2]
         seen = min(self.held, self.max_size - 1) + length
-        if self.keys is None or self.held + length > self.keys.shape[2]:
-            self._move(keys, values)
+        if self.keys is None or self.values is None or self.held + length > self.keys.shape[2]:
+            self.keys, self.values = self._moved(keys, values)
         else:
             end = self.held + length
             self.keys[..., self.held : end, :] = keys
@@ -78,13 +78,13 @@ class SlidingKVCache(_BaseCache):
         self.offset += length
         self.last_block = length
         start = self.held - seen
-        keys, values = self.keys[..., start : self.held, :], self.values[..., start : self.held, :]
+        seen_keys, seen_values = self.keys[..., start : self.held, :], self.values[..., start : self.held, :]
         if self.held > 2 * self.kept:
-            self._shrink()  # drops a prompt's chunk
-        return keys, values
+            self._shrink(self.keys, self.values)  # drops a prompt's chunk
+        return seen_keys, seen_values
 
-    def _move(self, keys: mx.array, values: mx.array) -> None:
-        """Copies the kept tokens and the new ones into a buffer with room for more."""
+    def _moved(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Sets `held`, and returns copies of the kept tokens and the new ones in buffers with room for more."""
         length = keys.shape[2]
         stay = min(self.held, self.kept)
         # Small at first, then always the same size.
@@ -98,13 +98,15 @@ class SlidingKVCache(_BaseCache):
                 parts.append(mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype))
             return mx.concatenate(parts, axis=2)
 
-        self.keys, self.values = moved(self.keys, keys), moved(self.values, values)
+        buffers = moved(self.keys, keys), moved(self.values, values)
         self.held = stay + length
+        return buffers
 
-    def _shrink(self) -> None:
+    def _shrink(self, keys: mx.array, values: mx.array) -> None:
+        """Keeps of the buffers what is never dropped."""
         first = self.held - self.kept
-        self.keys = mx.contiguous(self.keys[..., first : self.held, :])
-        self.values = mx.contiguous(self.values[..., first : self.held, :])
+        self.keys = mx.contiguous(keys[..., first : self.held, :])
+        self.values = mx.contiguous(values[..., first : self.held, :])
         self.held = self.kept
         # Without this, every layer's whole chunk would stay in memory until the chunk has been computed.
         mx.async_eval(self.keys, self.values)
@@ -160,7 +162,7 @@ class SlidingKVCache(_BaseCache):
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        return sum(part.nbytes for part in (self.keys, self.values) if part is not None)
 
     @property
     def state(self):

@@ -27,10 +27,10 @@ def split_matmul(x: mx.array, weight: mx.array) -> mx.array:
     """As `float32_matmul`, as a sum of products of bfloat16 values, which no backend shortens."""
     x_parts, weight_parts = bfloat16_parts(x), bfloat16_parts(weight)
     pairs = [(i, j) for i in range(len(x_parts)) for j in range(len(weight_parts)) if i + j < PARTS]
-    total = None
-    for i, j in sorted(pairs, key=sum, reverse=True):  # the smallest first
-        product = x_parts[i] @ weight_parts[j].T
-        total = product if total is None else total + product
+    (i, j), *rest = sorted(pairs, key=sum, reverse=True)  # the smallest first
+    total = x_parts[i] @ weight_parts[j].T
+    for i, j in rest:
+        total = total + x_parts[i] @ weight_parts[j].T
     return total
 
 

@@ -198,7 +198,8 @@ def expert_limit(
 
 def working_set() -> int | None:
     """Bytes that Metal recommends a process to keep; None elsewhere."""
-    return None if on_cpu() else mx.device_info().get("max_recommended_working_set_size")
+    size = None if on_cpu() else mx.device_info().get("max_recommended_working_set_size")
+    return size if isinstance(size, int) else None
 
 
 def load_tokenizer(directory: Directory, tokenizer_config: dict[str, Any] | None = None) -> "TokenizerWrapper":

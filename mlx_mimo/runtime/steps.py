@@ -7,6 +7,7 @@ that emits several tokens from one forward pass goes beside it, and nothing else
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -132,7 +133,7 @@ def one_by_one(forward: Forward, token: mx.array, max_tokens: int, ahead: bool) 
             mx.async_eval(token, logprobs)
             following = forward(token)
             mx.async_eval(*following)
-        yield Step(token=token.item(), logprobs=logprobs)
+        yield Step(token=cast(int, token.item()), logprobs=logprobs)
         if last:
             return
         if not ahead:
