@@ -12,8 +12,8 @@ import requests
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from browser import open_browser  # noqa: E402
-from serving import running_server  # noqa: E402
+from support.browser import open_browser  # noqa: E402
+from support.serving import running_server  # noqa: E402
 
 QUESTIONS = ("Count from one to twenty.", "What is the capital of France?", "What is 7 + 5?", "Write the alphabet.")
 

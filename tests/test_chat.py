@@ -11,10 +11,10 @@ import weakref
 
 import mlx.core as mx
 import pytest
-from bridged import link_directory
-from converted import converted_directory
-from patience import DEADLINE
-from terminal import CTRL_A, CTRL_C, CTRL_D, UP, Terminal
+from support.bridged import link_directory
+from support.converted import converted_directory
+from support.patience import DEADLINE
+from support.terminal import CTRL_A, CTRL_C, CTRL_D, UP, Terminal
 from test_generate import mimo
 
 from mlx_mimo import load

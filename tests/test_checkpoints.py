@@ -2,11 +2,11 @@
 
 import hashlib
 
-import checkpoints
 import mlx.core as mx
 import numpy as np
 import pytest
 from models.model_cases import CASES, fingerprint
+from support import checkpoints
 
 from mlx_mimo.checkpoint.header import read_header
 

@@ -6,7 +6,7 @@ import sys
 
 import mlx.core as mx
 import pytest
-from patience import DEADLINE
+from support.patience import DEADLINE
 
 from mlx_mimo import __main__ as commands
 from mlx_mimo import device

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from converted import converted_directory, fp8_directory
 from mlx_lm.utils import load_model, save_model
+from support.converted import converted_directory, fp8_directory
 
 from mlx_mimo.checkpoint.recipe import named
 from mlx_mimo.config import released

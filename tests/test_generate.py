@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from converted import converted_directory, fp8_directory
-from patience import DEADLINE
+from support.converted import converted_directory, fp8_directory
+from support.patience import DEADLINE
 
 FIELDS = {
     "text",

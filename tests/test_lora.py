@@ -9,15 +9,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import requests
-from bridged import KINDS, STREAMED, bridged_directory, generated, mlx_lm, mlx_lm_server, succeeded
-from converted import converted_directory, demo_directory
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
-from patience import DEADLINE
-from serving import running_server
+from support.bridged import KINDS, STREAMED, bridged_directory, generated, mlx_lm, mlx_lm_server, succeeded
+from support.converted import converted_directory, demo_directory
+from support.patience import DEADLINE
+from support.serving import running_server
 from test_generate import mimo
 
 from mlx_mimo import load

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from bridged import KINDS, generated, mlx_lm, mlx_lm_server, succeeded
-from patience import DEADLINE
+from support.bridged import KINDS, generated, mlx_lm, mlx_lm_server, succeeded
+from support.patience import DEADLINE
 
 EITHER = pytest.mark.parametrize("kind", KINDS)
 EXTRA = "the extra is missing: pip install 'mlx-mimo[evaluate]'"

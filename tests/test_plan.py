@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import tiny_config
-from converted import converted_directory, fp8_directory, stacked_directory
+from support.checkpoints import tiny_config
+from support.converted import converted_directory, fp8_directory, stacked_directory
 
 from mlx_mimo.config import released
 from mlx_mimo.config.model_args import ModelArgs

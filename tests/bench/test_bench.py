@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import psutil
 import pytest
-from converted import converted_directory
-from patience import DEADLINE, Clock, ClockOfEachThread, wait_until
+from support.converted import converted_directory
+from support.patience import DEADLINE, Clock, ClockOfEachThread, wait_until
 
 from mlx_mimo import load
 from mlx_mimo.bench import __main__ as bench_module

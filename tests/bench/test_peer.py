@@ -3,8 +3,8 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from converted import converted_directory
 from mlx_lm.generate import generate_step, generation_stream
+from support.converted import converted_directory
 
 from mlx_mimo import load
 from mlx_mimo.bench.peer import Peer, load_peer, timed

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from bridged import bridged_directory
-from checkpoints import tiny_config
-from converted import converted_directory
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
+from support.bridged import bridged_directory
+from support.checkpoints import tiny_config
+from support.converted import converted_directory
 
 import mlx_mimo.bridge
 from mlx_mimo.bridge import __main__ as bridge

@@ -6,8 +6,8 @@ import shutil
 from collections import Counter
 
 import pytest
-from converted import converted_directory, fp8_directory, stacked_directory
-from damage import copy, edit_json
+from support.converted import converted_directory, fp8_directory, stacked_directory
+from support.damage import copy, edit_json
 
 from mlx_mimo.checkpoint import directory as directory_module
 from mlx_mimo.checkpoint import record as record_module

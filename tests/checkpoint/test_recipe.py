@@ -74,8 +74,8 @@ def test_a_wrong_recipe_file_is_refused(tmp_path, text, said):
 
 
 def test_a_recipe_file_is_applied_by_convert(tmp_path):
-    from converted import fp8_directory
     from mlx_lm import load
+    from support.converted import fp8_directory
 
     from mlx_mimo.convert.__main__ import main
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from converted import converted_directory
+from support.converted import converted_directory
 
 from mlx_mimo import load
 from mlx_mimo.compare import __main__ as compare_module

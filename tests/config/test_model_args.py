@@ -4,8 +4,8 @@ import dataclasses
 import subprocess
 import sys
 
-import checkpoints
 import pytest
+from support import checkpoints
 
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import FormatError

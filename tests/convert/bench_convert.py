@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import checkpoints
+from support import checkpoints
 
 OURS = [sys.executable, "-m", "mlx_mimo.convert", "--quiet", "--kv-scales", "chain"]
 STOCK = [sys.executable, "-m", "mlx_lm", "convert", "-q"]
@@ -70,7 +70,7 @@ def write(directory: Path, config: dict) -> int:
 
 
 def _widen_router(path: Path, layer: int, experts: int, hidden: int) -> None:
-    from damage import load
+    from support.damage import load
 
     tensors, prefix = load(path), f"model.layers.{layer}.mlp.gate"
     rng = np.random.default_rng(layer)

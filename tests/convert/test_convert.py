@@ -2,12 +2,12 @@
 
 import json
 
-import checkpoints
 import mlx.core as mx
 import numpy as np
 import pytest
-from converted import converted_directory, fp8_directory
-from damage import copy, edit, load_all
+from support import checkpoints
+from support.converted import converted_directory, fp8_directory
+from support.damage import copy, edit, load_all
 
 from mlx_mimo.checkpoint.record import ALIGNMENT, expert_files
 from mlx_mimo.convert import convert_checkpoint

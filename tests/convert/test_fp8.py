@@ -1,8 +1,8 @@
 """FP8 scales: partial blocks, the chain map of K and V, and the choice of the map."""
 
-import checkpoints
 import numpy as np
 import pytest
+from support import checkpoints
 
 from mlx_mimo.convert import fp8
 from mlx_mimo.errors import FormatError

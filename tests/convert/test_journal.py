@@ -8,9 +8,9 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from converted import converted_directory, fp8_directory
-from damage import copy, edit
-from patience import DEADLINE
+from support.converted import converted_directory, fp8_directory
+from support.damage import copy, edit
+from support.patience import DEADLINE
 
 from mlx_mimo.convert import convert_checkpoint, journal, writer
 from mlx_mimo.errors import MimoError

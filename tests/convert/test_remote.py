@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 
-import hub
 import pytest
-from converted import converted_directory, fp8_directory
-from patience import DEADLINE
+from support import hub
+from support.converted import converted_directory, fp8_directory
+from support.patience import DEADLINE
 
 from mlx_mimo.convert import convert_checkpoint, remote
 from mlx_mimo.convert.__main__ import main

@@ -5,8 +5,8 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from converted import converted_directory, fp8_directory
-from damage import copy, load_all
+from support.converted import converted_directory, fp8_directory
+from support.damage import copy, load_all
 
 from mlx_mimo.bridge import __main__ as bridge
 from mlx_mimo.checkpoint.record import expert_files

@@ -2,10 +2,9 @@
 
 import json
 
-import checkpoints
-import hub
 import pytest
-from damage import copy
+from support import checkpoints, hub
+from support.damage import copy
 
 from mlx_mimo.convert import convert_checkpoint, remote
 from mlx_mimo.convert import repair as module
@@ -62,7 +61,7 @@ def test_repaired_within_2_percent_of_a_fresh_conversion(source, stock, fresh, t
 
 
 def test_only_k_and_v_scales_and_biases_change(source, stock, tmp_path):
-    from damage import load_all
+    from support.damage import load_all
 
     target = copy(stock, tmp_path / "mlx")
     repair(target, Source(source))

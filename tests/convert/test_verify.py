@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from converted import converted_directory, fp8_directory
-from damage import copy, edit, edit_json
+from support.converted import converted_directory, fp8_directory
+from support.damage import copy, edit, edit_json
 
 from mlx_mimo.bridge import __main__ as bridge
 from mlx_mimo.convert import convert_checkpoint

@@ -2,11 +2,11 @@
 
 import json
 
-import checkpoints
 import numpy as np
 import pytest
-from converted import fp8_directory
-from damage import copy, edit, edit_json
+from support import checkpoints
+from support.converted import fp8_directory
+from support.damage import copy, edit, edit_json
 
 from mlx_mimo.convert.__main__ import main
 

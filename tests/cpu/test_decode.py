@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 
 pytest.importorskip("numba")
 
-from checkpoints import tiny_config
 from mlx_lm.models.cache import KVCache
+from support.checkpoints import tiny_config
 
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.cpu import decode

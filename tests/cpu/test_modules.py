@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("numba")
 
 import numba
-from checkpoints import tiny_config
-from converted import converted_directory
 from mlx_lm.models.switch_layers import SwitchGLU
+from support.checkpoints import tiny_config
+from support.converted import converted_directory
 
 from mlx_mimo import load
 from mlx_mimo.checkpoint.record import TENSOR_ORDER, RecordLayout

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from converted import DEMO_CHECKPOINT
+from support.converted import DEMO_CHECKPOINT
 
 from mlx_mimo.convert import fp8
 from mlx_mimo.convert.compute import Computer, find_kv_maps

@@ -13,8 +13,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo_model"))
 
-from converted import DEMO_CHECKPOINT
 from demo.demo_weights import GOLDEN, KEPT, checkpoint_hash, prompts
+from support.converted import DEMO_CHECKPOINT
 
 MARGIN = 2e-6  # least gap between the scores of the last chosen expert and the next: below it rounding may swap them
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from converted import DEMO_CHECKPOINT, demo_directory
 from mlx_lm.generate import generate
+from support.converted import DEMO_CHECKPOINT, demo_directory
 
 from mlx_mimo import load
 from mlx_mimo.convert import verify

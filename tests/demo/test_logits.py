@@ -48,7 +48,7 @@ def test_the_golden_file_is_what_transformers_computes(golden):
 
 def test_reading_without_the_chain_changes_the_logits(model, golden):
     """The flat reading of K and V that other tools use changes the logits by far more than rounding does."""
-    from converted import DEMO_CHECKPOINT
+    from support.converted import DEMO_CHECKPOINT
 
     from mlx_mimo.convert import fp8
     from mlx_mimo.convert.compute import kv_names, kv_scales

@@ -7,7 +7,7 @@ from collections import Counter
 import mlx.core as mx
 import numpy as np
 import pytest
-from converted import DEMO_CHECKPOINT, demo_directory
+from support.converted import DEMO_CHECKPOINT, demo_directory
 
 from mlx_mimo import load
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from converted import converted_directory, fp8_directory, stacked_directory
+from support.converted import converted_directory, fp8_directory, stacked_directory
 
 from mlx_mimo import plan
 from mlx_mimo.bridge import __main__ as bridge

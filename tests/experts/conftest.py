@@ -5,8 +5,8 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from pool_cases import LAYERS, Disk
-from tiny_experts import random_experts, write_expert_file
+from support.pool_cases import LAYERS, Disk
+from support.tiny_experts import random_experts, write_expert_file
 
 from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.experts.pool import Pool

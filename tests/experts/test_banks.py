@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_experts import random_experts, write_expert_file
+from support.tiny_experts import random_experts, write_expert_file
 
 from mlx_mimo.checkpoint.record import RecordTensor, open_expert_file
 from mlx_mimo.errors import MimoError

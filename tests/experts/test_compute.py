@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_experts import EXPERTS, HIDDEN, random_experts, reference_glu, write_expert_file
+from support.tiny_experts import EXPERTS, HIDDEN, random_experts, reference_glu, write_expert_file
 
 from mlx_mimo.checkpoint.record import open_expert_file
 from mlx_mimo.experts.banks import memory_dtype

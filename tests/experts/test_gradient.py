@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from converted import converted_directory
+from support.converted import converted_directory
 
 from mlx_mimo import load
 from mlx_mimo.errors import MimoError

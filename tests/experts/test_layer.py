@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_experts import EXPERTS, HIDDEN, TOP_K, random_experts, reference_glu, write_expert_file
+from support.tiny_experts import EXPERTS, HIDDEN, TOP_K, random_experts, reference_glu, write_expert_file
 
 from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.experts.compute import MLXCompute

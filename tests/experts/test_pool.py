@@ -7,9 +7,9 @@ from contextlib import closing
 import mlx.core as mx
 import numpy as np
 import pytest
-from patience import DEADLINE
-from pool_cases import assert_consistent, need, serve
-from tiny_experts import EXPERTS, random_experts, write_expert_file
+from support.patience import DEADLINE
+from support.pool_cases import assert_consistent, need, serve
+from support.tiny_experts import EXPERTS, random_experts, write_expert_file
 
 from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.errors import MimoError

@@ -6,8 +6,8 @@ from contextlib import closing, nullcontext
 
 import numpy as np
 import pytest
-from pool_cases import assert_consistent, need, serve
-from tiny_experts import EXPERTS
+from support.pool_cases import assert_consistent, need, serve
+from support.tiny_experts import EXPERTS
 
 from mlx_mimo.experts import banks as banks_module
 from mlx_mimo.experts import pool as pool_module

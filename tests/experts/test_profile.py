@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_experts import EXPERTS, random_experts, write_expert_file
+from support.tiny_experts import EXPERTS, random_experts, write_expert_file
 
 from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.errors import MimoError

@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 import pytest
-from patience import DEADLINE, Clock, wait_until
-from tiny_experts import random_experts, write_expert_file
+from support.patience import DEADLINE, Clock, wait_until
+from support.tiny_experts import random_experts, write_expert_file
 
 from mlx_mimo.checkpoint.record import expert_files
 from mlx_mimo.errors import MimoError

@@ -8,7 +8,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_experts import EXPERTS, TOP_K, random_experts, tiny_model, write_expert_file
+from support.tiny_experts import EXPERTS, TOP_K, random_experts, tiny_model, write_expert_file
 
 from mlx_mimo.errors import FormatError, MimoError
 from mlx_mimo.experts import residency as residency_module

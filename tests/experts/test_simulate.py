@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_experts import tiny_model
+from support.tiny_experts import tiny_model
 
 from mlx_mimo.experts import residency as residency_module
 from mlx_mimo.experts.simulate import REPLAY_POLICIES, shuffled, simulate

@@ -5,7 +5,7 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from converted import converted_directory
+from support.converted import converted_directory
 
 from mlx_mimo import load
 

@@ -5,9 +5,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoints
 import mlx.core as mx
 import numpy as np
+from support import checkpoints
 
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.models.mimo_v2_flash import Model

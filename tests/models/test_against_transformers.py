@@ -2,10 +2,10 @@
 
 import random
 
-import checkpoints
 import numpy as np
 import pytest
 from models.model_cases import CASES, TOLERANCE, difference, mlx_model, run
+from support import checkpoints
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

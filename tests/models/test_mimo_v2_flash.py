@@ -1,6 +1,5 @@
 """The model against transformers' logits (golden files), and the mistakes that comparison must catch."""
 
-import checkpoints
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import mimo_v2_flash as stock
 from models.model_cases import CASES, TOLERANCE, difference, mlx_model, run
+from support import checkpoints
 
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import FormatError

@@ -1,4 +1,4 @@
-"""transformers' MiMoV2FlashForCausalLM on the weights of tests/checkpoints.py: what the model must equal."""
+"""transformers' MiMoV2FlashForCausalLM on the weights of tests/support/checkpoints.py: what the model must equal."""
 
 import numpy as np
 import torch

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import mlx.core as mx
 import psutil
 import pytest
-from converted import converted_directory
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
+from support.converted import converted_directory
 
 import mlx_mimo.runtime.load as loading
 from mlx_mimo.bridge import model as bridge_file

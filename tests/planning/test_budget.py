@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from converted import converted_directory, fp8_directory
 from mlx.utils import tree_flatten
+from support.converted import converted_directory, fp8_directory
 
 from mlx_mimo import load
 from mlx_mimo.checkpoint.directory import read_config

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from checkpoints import tiny_config
+from support.checkpoints import tiny_config
 
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.errors import MimoError

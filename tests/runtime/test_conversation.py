@@ -4,7 +4,7 @@ import dataclasses
 
 import mlx.core as mx
 import pytest
-from converted import converted_directory
+from support.converted import converted_directory
 
 from mlx_mimo import load
 from mlx_mimo.errors import MimoError, UsageError

@@ -10,8 +10,8 @@ import mlx_lm
 import numpy as np
 import psutil
 import pytest
-from converted import converted_directory, fp8_directory
 from mlx_lm.generate import BatchGenerator
+from support.converted import converted_directory, fp8_directory
 
 from mlx_mimo import load, stream_generate
 from mlx_mimo.arguments import load_options

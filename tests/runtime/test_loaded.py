@@ -4,10 +4,10 @@ import json
 
 import mlx.core as mx
 import pytest
-from cached import tiny_model
-from converted import converted_directory, stacked_directory
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from support.cached import tiny_model
+from support.converted import converted_directory, stacked_directory
 
 from mlx_mimo import Residency, load
 from mlx_mimo.planning.budget import CHUNK

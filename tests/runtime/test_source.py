@@ -5,8 +5,8 @@ import shutil
 import sys
 
 import pytest
-from converted import fp8_directory
-from terminal import Terminal
+from support.converted import fp8_directory
+from support.terminal import Terminal
 
 from mlx_mimo.errors import MimoError
 from mlx_mimo.runtime import source

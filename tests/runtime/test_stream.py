@@ -4,9 +4,9 @@ import dataclasses
 
 import mlx.core as mx
 import pytest
-from cached import PAST, tiny_model
-from converted import converted_directory
 from mlx_lm.generate import GenerationResponse
+from support.cached import PAST, tiny_model
+from support.converted import converted_directory
 
 from mlx_mimo import load, stream_generate
 from mlx_mimo.errors import UsageError

@@ -9,9 +9,9 @@ import mlx.core as mx
 import openai
 import pytest
 import requests
-from checkpoints import tiny_config, write_checkpoint
-from patience import DEADLINE
-from serving import Process, running_server
+from support.checkpoints import tiny_config, write_checkpoint
+from support.patience import DEADLINE
+from support.serving import Process, running_server
 
 from mlx_mimo.convert import convert_checkpoint
 from mlx_mimo.server.engine import samplers

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import requests
-from patience import DEADLINE
-from refusing import CHAT, GOOD, post, refused
+from support.patience import DEADLINE
+from support.refusing import CHAT, GOOD, post, refused
 
 from mlx_mimo.errors import UsageError
 from mlx_mimo.server.__main__ import build_parser, complete

@@ -3,7 +3,7 @@
 import anthropic
 import pytest
 import requests
-from patience import DEADLINE
+from support.patience import DEADLINE
 
 USER = [{"role": "user", "content": "hello"}]
 TOOL = {

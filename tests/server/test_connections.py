@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from patience import DEADLINE, wait_until
-from refusing import CHAT, GOOD, post, raw, refused
+from support.patience import DEADLINE, wait_until
+from support.refusing import CHAT, GOOD, post, raw, refused
 
 from mlx_mimo.server.http import protocol
 

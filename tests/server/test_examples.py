@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from patience import DEADLINE
-from serving import Process
+from support.patience import DEADLINE
+from support.serving import Process
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

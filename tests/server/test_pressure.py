@@ -2,8 +2,8 @@
 
 import pytest
 import requests
-from patience import DEADLINE, wait_until
-from serving import running_server
+from support.patience import DEADLINE, wait_until
+from support.serving import running_server
 
 from mlx_mimo.server.watch import pressure
 from mlx_mimo.server.watch.pressure import Pressure, wanted_bytes

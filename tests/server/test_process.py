@@ -8,8 +8,8 @@ import signal
 import mlx.core as mx
 import openai
 import pytest
-from patience import DEADLINE
-from serving import Process
+from support.patience import DEADLINE
+from support.serving import Process
 
 FLAGS = ("--port", "0", "--expert-memory", "120KB", "--log-level", "WARNING")
 

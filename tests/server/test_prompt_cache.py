@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from cached import PAST, computed, continues, tiny_model
+from support.cached import PAST, computed, continues, tiny_model
 
 from mlx_mimo.models.mimo_v2_flash import Model
 from mlx_mimo.server.engine.prompt_cache import PromptCache

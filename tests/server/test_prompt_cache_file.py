@@ -7,10 +7,10 @@ import stat
 
 import pytest
 import requests
-from cached import PAST, computed, continues, tiny_model
-from patience import DEADLINE
 from safetensors.numpy import save_file
-from serving import running_server
+from support.cached import PAST, computed, continues, tiny_model
+from support.patience import DEADLINE
+from support.serving import running_server
 
 from mlx_mimo.checkpoint.directory import read_config
 from mlx_mimo.config.model_args import ModelArgs

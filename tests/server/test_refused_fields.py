@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from refusing import GOOD, post, refused
+from support.refusing import GOOD, post, refused
 
 pytestmark = pytest.mark.usefixtures("worker_lives")
 

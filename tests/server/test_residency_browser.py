@@ -5,9 +5,9 @@ import json
 
 import pytest
 import requests
-from browser import Page, find_browser, open_browser
-from patience import DEADLINE
-from serving import running_server
+from support.browser import Page, find_browser, open_browser
+from support.patience import DEADLINE
+from support.serving import running_server
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(find_browser() is None, reason="no Chromium here")]
 

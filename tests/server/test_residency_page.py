@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from patience import DEADLINE
+from support.patience import DEADLINE
 
 BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 

@@ -6,7 +6,7 @@ import anthropic
 import openai
 import pytest
 from llguidance import LLMatcher
-from patience import DEADLINE
+from support.patience import DEADLINE
 
 from mlx_mimo.checkpoint.directory import Directory, read_config
 from mlx_mimo.runtime.load import load_tokenizer

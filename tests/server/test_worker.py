@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 import requests
-from patience import DEADLINE, wait_until
-from serving import running_server
+from support.patience import DEADLINE, wait_until
+from support.serving import running_server
 
 from mlx_mimo.models.mimo_v2_flash import Model
 from mlx_mimo.server.errors import Disconnected

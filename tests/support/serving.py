@@ -9,11 +9,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from patience import DEADLINE, wait_until
-
 from mlx_mimo.arguments import load_options
 from mlx_mimo.server.__main__ import build_parser, complete
 from mlx_mimo.server.running import Running
+from support.patience import DEADLINE, wait_until
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from patience import DEADLINE
+from support.patience import DEADLINE
 
 # pty.spawn in a process of its own: this one has threads, which a fork would not survive.
 SPAWN = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"

@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 
 from mlx_mimo.checkpoint.header import read_header
+from support import checkpoints
 
 NUMPY = {"F8_E4M3": np.uint8, "BF16": np.uint16, "F32": np.float32, "U32": np.uint32, "U8": np.uint8}
 

@@ -4,11 +4,10 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-from checkpoints import tiny_config, write_checkpoint
-
 from mlx_mimo.convert import convert_checkpoint
+from support.checkpoints import tiny_config, write_checkpoint
 
-DEMO_CHECKPOINT = Path(__file__).parents[1] / "mlx_mimo" / "demo" / "checkpoint"
+DEMO_CHECKPOINT = Path(__file__).parents[2] / "mlx_mimo" / "demo" / "checkpoint"
 
 
 @cache

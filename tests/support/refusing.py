@@ -7,7 +7,8 @@ from http.client import HTTPResponse
 from urllib.parse import urlsplit
 
 import requests
-from patience import DEADLINE
+
+from support.patience import DEADLINE
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 CHAT = "/v1/chat/completions"

@@ -12,11 +12,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import requests
-from converted import converted_directory
-from patience import DEADLINE, wait_until
 
 from mlx_mimo.bridge import __main__ as bridge
 from mlx_mimo.device import VARIABLE
+from support.converted import converted_directory
+from support.patience import DEADLINE, wait_until
 
 STREAMED = {"MLX_MIMO_EXPERT_MEMORY": "120KB"}  # a third of the experts
 KINDS = ("stock", "bridged")

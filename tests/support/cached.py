@@ -1,11 +1,11 @@
 """Prompt caches of a tiny model, and whether they may be relied on."""
 
 import mlx.core as mx
-from checkpoints import tiny_config
 
 from mlx_mimo.config.model_args import ModelArgs
 from mlx_mimo.models.mimo_v2_flash import Model
 from mlx_mimo.server.engine.prompt_cache import Checkpoint, Entry
+from support.checkpoints import tiny_config
 
 PAST = [(7 * i) % 250 for i in range(400)]  # far past the window (16 keys) and its slack
 

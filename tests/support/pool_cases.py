@@ -5,9 +5,9 @@ import time
 from contextlib import closing
 
 import numpy as np
-from tiny_experts import EXPERTS
 
 from mlx_mimo.experts.residents import HELD, Need
+from support.tiny_experts import EXPERTS
 
 LAYERS = (1, 2)
 
