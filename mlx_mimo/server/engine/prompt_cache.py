@@ -8,6 +8,7 @@ off: the end of the system message and the ends of prompts.
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
@@ -29,12 +30,11 @@ class Checkpoint:
         """Of the caches as they are; None where one is neither sliding nor global."""
         windows = {}
         for layer, cache in enumerate(caches):
-            if isinstance(cache, SlidingKVCache) and cache.keys is not None:
-                start = max(0, cache.held - (cache.max_size - 1))
+            if isinstance(cache, SlidingKVCache) and cache.keys is not None and cache.values is not None:
+                seen = slice(max(0, cache.held - (cache.max_size - 1)), cache.held)
                 # Copies of their own: a view would keep the whole buffer, and make its next update copy it.
-                windows[layer] = tuple(
-                    mx.contiguous(a[..., start : cache.held, :] + 0) for a in (cache.keys, cache.values)
-                )
+                keys, values = (mx.contiguous(a[..., seen, :] + 0) for a in (cache.keys, cache.values))
+                windows[layer] = keys, values
             elif not isinstance(cache, KVCache):
                 return None
         mx.eval(list(windows.values()))
@@ -48,7 +48,7 @@ class Checkpoint:
 @dataclass
 class Entry:
     tokens: list[int]  # what the caches hold
-    caches: list
+    caches: list[Any]  # a SlidingKVCache or mlx-lm's KVCache for each layer
     checkpoints: list[Checkpoint] = field(default_factory=list)
 
     @property
@@ -67,13 +67,13 @@ class Entry:
         point = next((p for p in self.checkpoints if p.length == length), None)
         caches = []
         for layer, cache in enumerate(self.caches):
-            copy = type(cache).__new__(type(cache))
+            copy: Any = object.__new__(type(cache))
             copy.__dict__.update(cache.__dict__)
             if point is not None and layer in point.windows:
                 copy.keys, copy.values = (a + 0 for a in point.windows[layer])
                 copy.offset, copy.held, copy.last_block = length, copy.keys.shape[2], 0
             elif isinstance(cache, SlidingKVCache):
-                copy.keys, copy.values = cache.keys + 0, cache.values + 0
+                copy.keys, copy.values = (None if a is None else a + 0 for a in (cache.keys, cache.values))
                 copy.trim(cache.offset - length)
             else:
                 copy.keys, copy.values = (mx.contiguous(a[..., :length, :] + 0) for a in (cache.keys, cache.values))
@@ -115,13 +115,15 @@ class PromptCache:
 
         A conversation that goes on takes its entry along; one that branches off copies it, as does `keep`.
         """
-        best, key, length = None, None, 0
-        for candidate, entry in self._entries.items():
-            usable = entry.usable(min(_shared(entry.tokens, tokens), len(tokens) - 1))
+        found: tuple[tuple[int, ...], Entry] | None = None
+        length = 0
+        for candidate in self._entries.items():
+            usable = candidate[1].usable(min(_shared(candidate[1].tokens, tokens), len(tokens) - 1))
             if usable > length:
-                best, key, length = entry, candidate, usable
-        if best is None:
+                found, length = candidate, usable
+        if found is None:
             return None
+        key, best = found
         self._entries.move_to_end(key)
         surplus = len(best.tokens) - length
         if keep or surplus > 1 or not rollback(best.caches, surplus):

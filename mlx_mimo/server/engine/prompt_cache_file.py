@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -125,7 +126,7 @@ def _write(file, entries: list[Entry], fingerprint: str) -> None:
     digest = hashlib.sha256(head)
     for entry in entries:
         for _, array in _arrays(entry):
-            data = memoryview(np.asarray(mx.contiguous(array).reshape(-1).view(mx.uint8)))
+            data = np.asarray(mx.contiguous(array).reshape(-1).view(mx.uint8)).data
             digest.update(data)
             file.write(data)
     # The sum stands in what it is the sum of: it is as long as the zeros that hold its place meanwhile.
@@ -176,9 +177,10 @@ def _read(file, header: Header, model, max_entries: int, max_bytes: int | None) 
     described = json.loads(header.metadata["entries"])
     sizes = [0] * len(described)
     for name in header.fields:
-        number, _, of = name.partition(".")
-        sizes[int(number)] += 0 if of == "tokens" else header.place(name)[1]
-    chosen, total = [], 0
+        owner, _, of = name.partition(".")
+        sizes[int(owner)] += 0 if of == "tokens" else header.place(name)[1]
+    chosen: list[int] = []
+    total = 0
     for number in reversed(range(len(described))):
         total += sizes[number]
         if len(chosen) == max_entries or (max_bytes is not None and total > max_bytes):
@@ -195,7 +197,7 @@ def _entry(file, header: Header, number: int, lengths: list[int], caches: list) 
         kind = next(kind for kind, text in DTYPES.items() if text == header.fields[name]["dtype"])
         return mx.array(np.frombuffer(file.read(size), np.uint8)).view(kind).reshape(header.fields[name]["shape"])
 
-    entry = Entry(array("tokens").tolist(), caches)
+    entry = Entry(cast(list[int], array("tokens").tolist()), caches)
     for layer, cache in enumerate(caches):
         cache.keys, cache.values = array(f"{layer}.keys"), array(f"{layer}.values")
         cache.offset = len(entry.tokens)
