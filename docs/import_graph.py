@@ -20,12 +20,12 @@ ARROWS: Mapping[str, frozenset[str]] = {
     room: frozenset(below.split())
     for room, below in {
         "__main__": "",
-        "chat": "arguments console generate runtime",
+        "chat": "arguments console runtime",
         "bench": "arguments checkpoint config convert experts planning runtime",
         "bridge": "arguments checkpoint config cpu experts models planning runtime",
         "compare": "arguments config runtime",
         "doctor": "arguments checkpoint config convert cpu planning",
-        "generate": "arguments console planning runtime",
+        "generate": "arguments console runtime",
         "plan": "arguments checkpoint config demo experts planning",
         "replay": "arguments experts",
         "server": "arguments checkpoint config models planning runtime",

@@ -147,7 +147,7 @@ class Chat:
         return Path(text).expanduser()
 
     def _statistics(self) -> None:
-        from .generate import experts_report
+        from .runtime.session import experts_report
 
         if self.last is None:
             print("nothing generated yet")
@@ -265,8 +265,8 @@ def converse(session: Chat, interactive: bool) -> bool:
 def chat(args: argparse.Namespace) -> int:
     import mlx.core as mx
 
-    from .generate import end_residency, wired_limit
     from .runtime.load import load
+    from .runtime.session import end_residency, wired_limit
 
     if args.seed is not None:
         mx.random.seed(args.seed)

@@ -3,8 +3,6 @@
 import argparse
 import json
 import sys
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 
 from .arguments import (
     add_adapter_argument,
@@ -81,6 +79,7 @@ def generate(args: argparse.Namespace) -> int:
     import mlx.core as mx
 
     from .runtime.load import load
+    from .runtime.session import end_residency
 
     if args.seed is not None:
         mx.random.seed(args.seed)
@@ -96,6 +95,7 @@ def answer(model, tokenizer, args: argparse.Namespace, text: str) -> int:
     from .console import PrefillProgress, Printer
     from .runtime.loaded import loaded_of
     from .runtime.sampling import sampler_for
+    from .runtime.session import wired_limit
     from .runtime.stream import Response, stream_generate
 
     for token in args.extra_eos_token:
@@ -135,28 +135,10 @@ def answer(model, tokenizer, args: argparse.Namespace, text: str) -> int:
     return 130 if reason == "interrupted" else 0
 
 
-def wired_limit(model, wanted: bool) -> AbstractContextManager:
-    """Context manager that raises Metal's wired limit as mlx-lm does, if `wanted`. Written for Metal, not run there."""
-    if not wanted:
-        return nullcontext()
-    from mlx_lm.generate import wired_limit as raised
-
-    return raised(model)
-
-
-def peak_memory_bytes() -> int:
-    """The process's peak memory on a CPU, MLX's own count on a GPU."""
-    import mlx.core as mx
-
-    if mx.default_device() != mx.Device(mx.cpu):
-        return mx.get_peak_memory()
-    from .planning import memory
-
-    return memory.peak_memory_bytes()
-
-
 def report(model, text: str, ids: list[int], prompt_tokens: int, last, reason: str | None) -> dict:
     """The object that `--json` prints."""
+    from .runtime.session import experts_report, peak_memory_bytes
+
     return {
         "text": text,
         "token_ids": ids,
@@ -171,35 +153,12 @@ def report(model, text: str, ids: list[int], prompt_tokens: int, last, reason: s
     }
 
 
-def experts_report(model) -> dict | None:
-    """The counters of expert residency, or None where every expert is resident."""
-    from .runtime.loaded import loaded_of
-
-    residency = loaded_of(model).residency
-    if residency is None:
-        return None
-    counters = residency.counters
-    return asdict(counters) | {"hit_rate": counters.hit_rate}
-
-
-def end_residency(model, profile: str | None) -> None:
-    """Saves the profile where `profile` names a file, and closes residency's files and threads."""
-    from .runtime.loaded import loaded_of
-
-    residency = loaded_of(model).residency
-    if residency is None:
-        return
-    try:
-        if profile:
-            residency.save_profile(profile)
-    finally:
-        residency.close()
-
-
 def print_statistics(model, prompt_tokens: int, last, reason: str | None) -> None:
     if last is None:
         print(f"{prompt_tokens} prompt tokens, nothing generated ({reason})", file=sys.stderr)
         return
+    from .runtime.session import experts_report, peak_memory_bytes
+
     line = (
         f"{prompt_tokens} prompt tokens at {last.prompt_tps:.1f}/s, {last.generation_tokens} generated "
         f"at {last.generation_tps:.1f}/s, first after {last.ttft_s:.2f} s, "
