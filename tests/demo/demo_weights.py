@@ -36,7 +36,7 @@ def our_weights() -> dict[str, np.ndarray]:
             continue
         raw, dtype = source.read(name), source.entry(name).dtype
         if dtype == "F8_E4M3":
-            out[name] = fp8.dequantise(raw, computer.scales(name))
+            out[name] = fp8.dequantize(raw, computer.scales(name))
         elif dtype == "BF16":
             out[name] = (raw.astype(np.uint32) << 16).view(np.float32)
         else:

@@ -59,7 +59,7 @@ def test_reading_without_the_chain_changes_the_logits(model, golden):
     for layer, sliding in enumerate(CONFIG["hybrid_layer_pattern"]):
         if not sliding:
             for name, scales in zip(kv_names(layer), kv_scales(source, CONFIG, layer)["flat"]):
-                weights[name] = fp8.dequantise(source.read(name), scales)
+                weights[name] = fp8.dequantize(source.read(name), scales)
     flat = mlx_model(CONFIG, weights)
     ids = prompts()["arithmetic-off-0"]
     assert difference(run(flat, ids)[0, -KEPT:], golden["arithmetic-off-0"]) > 100 * TOLERANCE

@@ -329,7 +329,7 @@ def test_an_end_token_that_is_added_ends_the_text(loaded):
     model, _ = loaded
     _, tokenizer = load(converted_directory(), expert_memory="all")
     plain = [response.token for response in stream_generate(model, tokenizer, PROMPT, max_tokens=6)]
-    tokenizer.add_eos_token(tokenizer.convert_ids_to_tokens(plain[2]))
+    tokenizer.add_eos_token(str(plain[2]))
     found = list(stream_generate(model, tokenizer, PROMPT, max_tokens=6))
     length = plain.index(plain[2]) + 1
     assert [response.token for response in found] == plain[:length]
