@@ -188,6 +188,7 @@ def chat_in_terminal(directory, folder, *flags) -> Terminal:
     return Terminal(*command, env=own_state(folder))
 
 
+@pytest.mark.long
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_lines_are_edited_and_remembered(endless, tmp_path):
     with chat_in_terminal(endless, tmp_path, "-m", str(MOST_TOKENS)) as terminal:
         terminal.expect("/help lists the commands(.|\\s)*> ")
@@ -216,6 +217,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_lines_are_edited_and_remember
         assert terminal.ended() == 0
 
 
+@pytest.mark.long
 def test_a_history_that_cannot_be_written_is_a_note(endless, tmp_path):
     (tmp_path / "file").write_text("")
     with chat_in_terminal(endless, tmp_path / "file") as terminal:
@@ -233,6 +235,7 @@ def talk(*lines: str, n: int = 4, model=None):
     return mimo(*flags, stdin="\n".join(lines), command="chat")
 
 
+@pytest.mark.long
 def test_a_pipe_runs_commands_and_answers(tmp_path):
     file = tmp_path / "talk.json"
     lines = ["/system Be brief.", "hello", "/stats", f"/save {file}", "/clear", f"/load {file}", "more", "/exit", "no"]
@@ -306,6 +309,7 @@ def test_load_rejects_what_save_would_not_write(state, loaded, tmp_path):
     assert session.conversation.messages is before
 
 
+@pytest.mark.long
 def test_a_template_that_rejects_a_message_is_an_error_and_chat_goes_on(tmp_path):
     directory = tmp_path / "model"
     link_directory(converted_directory(), directory)
@@ -322,6 +326,7 @@ def test_a_template_that_rejects_a_message_is_an_error_and_chat_goes_on(tmp_path
     assert messages[0]["content"] == "hello"
 
 
+@pytest.mark.long
 def test_an_unfinished_last_line_is_kept_and_bytes_that_are_not_utf8_are_accepted(tmp_path):
     file = tmp_path / "talk.json"
     command = [sys.executable, "-m", "mlx_mimo.chat", "--model", str(converted_directory()), "-m", "2", "--temp", "0"]
@@ -333,6 +338,7 @@ def test_an_unfinished_last_line_is_kept_and_bytes_that_are_not_utf8_are_accepte
     assert b"tokens at" in result.stdout
 
 
+@pytest.mark.long
 def test_wrong_commands_are_errors_and_chat_goes_on(tmp_path):
     (tmp_path / "bad.json").write_text("[]")
     lines = ["/fly", "/think maybe", "/temperature hot", f"/load {tmp_path / 'bad.json'}", "/save", "hello"]

@@ -56,6 +56,7 @@ def test_json_has_the_documented_fields():
     assert report["finish_reason"] in ("length", "stop")
 
 
+@pytest.mark.long
 def test_a_budget_and_a_prompt_from_stdin_give_the_same_text():
     whole = mimo("--model", converted_directory(), "-p", "the same", "-m", 8, "--temp", 0, "--json")
     streamed = mimo(
@@ -69,6 +70,7 @@ def test_a_budget_and_a_prompt_from_stdin_give_the_same_text():
     assert two["experts"]["misses"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("prompt", "stdin"), [(b"a \xff b", b""), (b"-", b"a \xff b")])
 def test_bytes_that_are_not_utf8_are_accepted(prompt, stdin):
     command = [sys.executable, "-m", "mlx_mimo.generate", "--model", str(converted_directory()), "--json"]
@@ -109,6 +111,7 @@ def test_wrong_usage_is_one_line_on_stderr(arguments, code, words):
     assert result.stdout == ""
 
 
+@pytest.mark.long
 def test_max_tokens_0_generates_nothing():
     result = mimo("--model", converted_directory(), "--prompt", "hello", "--max-tokens", 0, "--json")
     assert result.returncode == 0, result.stderr
@@ -116,6 +119,7 @@ def test_max_tokens_0_generates_nothing():
     assert (report["text"], report["token_ids"], report["finish_reason"]) == ("", [], "length")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [("--json",), ()])
 def test_the_answer_is_printed_before_a_profile_fails_to_be_written(flags, tmp_path):
     profile = tmp_path / "no such folder" / "use.json"
@@ -131,6 +135,7 @@ def test_the_answer_is_printed_before_a_profile_fails_to_be_written(flags, tmp_p
         assert "prompt tokens at" in result.stderr
 
 
+@pytest.mark.long
 def test_generate_rejects_a_prompt_longer_than_the_context():
     result = mimo("--model", converted_directory(), "--prompt", "-", stdin="x" * 300_000)
     assert result.returncode == 2

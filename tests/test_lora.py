@@ -26,6 +26,9 @@ from mlx_mimo.bridge import model as bridge_file
 from mlx_mimo.checkpoint.header import read_header
 from mlx_mimo.errors import FormatError, MimoError, UsageError
 
+pytestmark = pytest.mark.long  # mlx-lm's training, as processes.
+
+
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 LORA = {"rank": 4, "scale": 20.0, "dropout": 0.0}
 ALL_LAYERS = 4
@@ -59,7 +62,7 @@ def trained(data, tmp_path_factory) -> tuple[Path, str, Path]:
     """(adapter's directory, what training printed, its temporary folder)"""
     root = tmp_path_factory.mktemp("trained")
     (root / "tmp").mkdir()
-    flags = ("--iters", 6, "--learning-rate", "2e-3", "--steps-per-report", 1, "--test")
+    flags = ("--iters", 6, "--learning-rate", "2e-4", "--steps-per-report", 1, "--test")
     result = train(data, root / "adapter", ATTENTION, *flags, settings={"TMPDIR": str(root / "tmp")})
     return root / "adapter", succeeded(result), root / "tmp"
 

@@ -39,6 +39,7 @@ def run_bench(capsys, *arguments) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.long
 def test_bench_reports_a_row_for_every_combination(tmp_path, capsys):
     report = run_bench(
         capsys, "--model", converted_directory(), *SHORT, "--context", "0,40", "--expert-memory", "25%,all",
@@ -184,6 +185,7 @@ def test_spread_is_median_least_and_most():
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
 
 
+@pytest.mark.long
 def test_bench_reports_mlx_lm_beside_us(capsys):
     report = run_bench(capsys, "--model", converted_directory(), *SHORT, "--against", "mlx-lm", "--repeats", 1)
     assert [(row["system"], row["resident"]) for row in report["rows"]] == [("mlx-mimo", 1.0), ("mlx-lm", 1.0)]

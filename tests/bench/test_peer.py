@@ -12,6 +12,8 @@ from mlx_mimo.bench.timing import Case
 from mlx_mimo.errors import MimoError
 from mlx_mimo.runtime.steps import steps
 
+pytestmark = pytest.mark.long  # mlx-lm in a process of its own.
+
 
 def test_mlx_lm_generates_the_same_tokens_as_our_model():
     """Greedy, at the window that mlx-lm has: what is timed on both sides is one model."""

@@ -11,6 +11,9 @@ from support.converted import DEMO_CHECKPOINT, demo_directory
 
 from mlx_mimo import load
 
+pytestmark = pytest.mark.long  # The demo at every residency.
+
+
 RECORDS = 5 * 32  # five MoE layers of 32 experts; a token needs 5 * 4
 RESIDENCIES = {"50 %": 80, "25 %": 40, "12.5 %": 20, "half of a token's demand": 10, "one slot": 1}
 

@@ -17,6 +17,7 @@ def checkpoint(tmp_path):
     return shutil.copytree(fp8_directory(), tmp_path / "released")
 
 
+@pytest.mark.long
 def test_answering_yes_converts_beside_the_checkpoint_and_continues(checkpoint):
     command = [sys.executable, "-m", "mlx_mimo.chat", "--model", str(checkpoint), "-m", "2", "--temp", "0"]
     target = checkpoint.with_name("released-4bit")

@@ -14,6 +14,9 @@ import pytest
 from support.patience import DEADLINE
 from support.serving import Process
 
+pytestmark = pytest.mark.long  # Examples as processes.
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -11,6 +11,9 @@ import pytest
 from support.patience import DEADLINE
 from support.serving import Process
 
+pytestmark = pytest.mark.long  # Each starts a server as a process.
+
+
 FLAGS = ("--port", "0", "--expert-memory", "120KB", "--log-level", "WARNING")
 
 
