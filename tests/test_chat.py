@@ -200,7 +200,8 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_lines_are_edited_and_remember
         terminal.type(b"/stats\r")
         assert int(terminal.expect(r"(\d+) tokens at")[1]) < MOST_TOKENS
         terminal.expect(" GB read\\s+.*> ")
-        terminal.press_until(CTRL_C, "> ")
+        terminal.type(CTRL_C)
+        terminal.expect("> ")
         terminal.type(b"think maybe" + CTRL_A + b"/\r")
         terminal.expect("error: /think: on or off expected, 'maybe' found\\s+.*> ")
         terminal.type(UP + b"\r")

@@ -10,7 +10,12 @@ import time
 from support.patience import DEADLINE
 
 # pty.spawn in a process of its own: this one has threads, which a fork would not survive.
-SPAWN = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+# A shell's background job ignores Ctrl-C's signal, and its children would inherit that.
+SPAWN = """
+import os, pty, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
+"""
 CTRL_A, CTRL_C, CTRL_D, UP = b"\x01", b"\x03", b"\x04", b"\x1b[A"
 
 
@@ -38,21 +43,9 @@ class Terminal:
         self.process.stdin.write(keys)
         self.process.stdin.flush()
 
-    def press_until(self, keys: bytes, pattern: str) -> re.Match:
-        """Types keys again each second until the pattern is shown. Between showing its prompt and reading, readline
-        misses a Ctrl-C; a person presses it again."""
-        deadline = time.monotonic() + DEADLINE
-        while True:
-            self.type(keys)
-            try:
-                return self.expect(pattern, seconds=1)
-            except AssertionError:
-                if time.monotonic() > deadline:
-                    raise
-
-    def expect(self, pattern: str, seconds: float = DEADLINE) -> re.Match:
+    def expect(self, pattern: str) -> re.Match:
         """The first match in what was shown since the last one."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + DEADLINE
         while True:
             if match := re.compile(pattern).search(self.seen, self._begin):
                 self._begin = match.end()
