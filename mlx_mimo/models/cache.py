@@ -155,7 +155,8 @@ class SlidingKVCache(_BaseCache):
     # mlx-lm's protocol
 
     def size(self) -> int:
-        return min(self.offset, self.max_size)
+        # After a rollback one token less than `max_size` may be held: all that the next query sees, itself apart.
+        return min(self.held, self.max_size)
 
     def empty(self) -> bool:
         return self.keys is None

@@ -197,6 +197,25 @@ def test_batch_caches_merge_extend_filter_and_extract(model):
     assert difference(step(single, [1], 5), alone(1, 6)) < TOLERANCE
 
 
+def test_a_sequence_that_left_a_batch_and_was_rolled_back_joins_another(model):
+    """As where a prompt is asked again: its cache comes from the batch before, and its last token is computed anew."""
+    tokens = CASE.tokens()
+    again, other = model.make_cache(), model.make_cache()
+    run(model, tokens[:, :40], [40], again)
+    batch = merged(model, [again])
+    for token in (40, 41):
+        model(mx.array(tokens[:, token : token + 1]), batch)
+    again = [cache.extract(0) for cache in batch]
+    assert rollback(again, 1)
+    run(model, tokens[:, :12], [12], other)
+    batch = merged(model, [again, other])
+    for done in range(20):
+        ids = mx.array([[int(tokens[0, 41 + done])], [int(tokens[0, 12 + done])]])
+        out = np.array(model(ids, batch))[:, -1]
+        assert difference(out[0], CASE.golden()[0, 41 + done]) < TOLERANCE
+        assert difference(out[1], CASE.golden()[0, 12 + done]) < TOLERANCE
+
+
 def test_a_left_padded_batch_in_one_call_equals_single_calls(model):
     """The short row is padded on the left, as mlx-lm's batch caches expect it."""
     tokens = CASE.tokens()
